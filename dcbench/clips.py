@@ -1,0 +1,64 @@
+"""The clip convention: uint8 [t, c, h, w] RGB at every border; float inside a model or an extractor only."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ResizeMode = Literal["crop", "squash"]
+Interpolation = Literal["bilinear", "bicubic", "nearest"]
+
+
+def check_clip(clip: Tensor, what: str = "clip") -> Tensor:
+    """Return `clip` if it is uint8 [t, 3, h, w]; otherwise raise ValueError that names `what`."""
+    if clip.dtype != torch.uint8 or clip.ndim != 4 or clip.shape[1] != 3 or 0 in clip.shape:
+        raise ValueError(
+            f"{what}: got {str(clip.dtype).removeprefix('torch.')} {list(clip.shape)}, expected uint8 [t, 3, h, w]. "
+            "Convert floats with dcbench.clips.to_uint8; move colour to the second axis with permute."
+        )
+    return clip
+
+
+def to_float(clip: Tensor, low: float = -1.0) -> Tensor:
+    """uint8 [...] -> float32 in [low, 1]: [-1, 1] by default, [0, 1] with low=0."""
+    return clip.float().mul_((1 - low) / 255).add_(low)
+
+
+def to_uint8(clip: Tensor, low: float = -1.0, truncate: bool = False) -> Tensor:
+    """float [...] in [low, 1] -> uint8; clamped, then rounded (or truncated, as the released DynamiCrafter does)."""
+    scaled = (clip.clamp(low, 1) - low) * (255 / (1 - low))
+    return (scaled if truncate else scaled.round()).to(torch.uint8)
+
+
+def crop_window(height: int, width: int, to_height: int, to_width: int) -> tuple[int, int, int, int]:
+    """Size after scaling the limiting side, and the offset of a centre crop: (h, w, top, left)."""
+    scale = max(to_height / height, to_width / width)
+    h, w = max(to_height, round(height * scale)), max(to_width, round(width * scale))
+    return h, w, (h - to_height) // 2, (w - to_width) // 2
+
+
+def resize(
+    clip: Tensor,
+    height: int,
+    width: int,
+    mode: ResizeMode = "crop",
+    interpolation: Interpolation = "bilinear",
+    antialias: bool = True,
+) -> Tensor:
+    """[t, c, h, w] -> [t, c, height, width], same dtype; uint8 is rounded.
+
+    "crop" scales until the frame covers the target, then crops the centre; "squash" ignores the aspect ratio.
+    Both occur in published code and move FVD by hundreds: a protocol names its choice.
+    """
+    h, w, top, left = height, width, 0, 0
+    if mode == "crop":
+        h, w, top, left = crop_window(clip.shape[-2], clip.shape[-1], height, width)
+    elif mode != "squash":
+        raise ValueError(f"resize mode {mode!r}: expected 'crop' or 'squash'")
+    if (h, w) != clip.shape[-2:]:
+        smooth = interpolation != "nearest"
+        options = {"align_corners": False, "antialias": antialias} if smooth else {}
+        out = F.interpolate(clip.float(), (h, w), mode=interpolation, **options)
+        clip = out.round_().clamp_(0, 255).to(torch.uint8) if clip.dtype == torch.uint8 else out.to(clip.dtype)
+    return clip[..., top : top + height, left : left + width].contiguous()

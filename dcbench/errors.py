@@ -1,0 +1,14 @@
+"""Errors for the user: what was given, what is allowed, what to do. The command line prints them without a traceback."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something the user can mend; the message says how."""
+
+
+def near_match(given: str, allowed: Iterable[str]) -> str:
+    """' Did you mean "x"?' for the nearest allowed name, or ''."""
+    found = difflib.get_close_matches(given.lower(), list(allowed), n=1, cutoff=0.5)
+    return f' Did you mean "{found[0]}"?' if found else ""

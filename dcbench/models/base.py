@@ -1,0 +1,67 @@
+"""The one interface of every image-to-video model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from dcbench.catalogue import ModelCard
+
+CONDITIONS = frozenset({"image", "prompt", "fps", "frame_stride", "end_image", "reference"})
+
+
+@dataclass(frozen=True)
+class Request:
+    """One clip to make. A model may use what it says it `conditions_on`, and nothing else."""
+
+    clip_id: str
+    image: Tensor  # uint8 [3, h, w]
+    prompt: str
+    num_frames: int
+    fps: float  # frames per second of the clip to make
+    frame_stride: int | None  # source frames between two frames of the clip; None when there is no source
+    seed: int
+    end_image: Tensor | None = None  # uint8 [3, h, w]
+    reference: Tensor | None = None  # uint8 [t, 3, h, w]; only for models that condition on "reference"
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how a model runs; everything that changes its output stands in its card instead."""
+
+    device: str = "cpu"
+    dtype: str | None = None  # autocast dtype ("float16", "bfloat16"); None = float32
+    offline: bool = False
+
+
+@runtime_checkable
+class ImageToVideo(Protocol):
+    """A model: `generate` turns requests into clips, each uint8 [num_frames, 3, h, w], in their order.
+
+    A clip depends on its own request alone: never on its place in a batch, the rank or the number of ranks.
+    """
+
+    card: ModelCard
+    conditions_on: frozenset[str]
+
+    def generate(self, requests: Sequence[Request]) -> list[Tensor]: ...
+
+
+def check_generated(clip: Tensor, request: Request, model: str) -> Tensor:
+    """Return the clip if it is what the request asked for; otherwise say what is wrong with it."""
+    if not isinstance(clip, Tensor):
+        raise ValueError(f"model {model} returned {type(clip).__name__} for clip {request.clip_id}, not a tensor")
+    if clip.is_floating_point() and not bool(torch.isfinite(clip).all()):
+        raise ValueError(f"model {model} returned NaN or infinity for clip {request.clip_id}")
+    if clip.dtype != torch.uint8 or clip.ndim != 4 or clip.shape[1] != 3:
+        raise ValueError(
+            f"model {model} returned {str(clip.dtype).removeprefix('torch.')} {list(clip.shape)} for clip "
+            f"{request.clip_id}; expected uint8 [{request.num_frames}, 3, h, w]"
+        )
+    if clip.shape[0] != request.num_frames:
+        raise ValueError(
+            f"model {model} returned {clip.shape[0]} frames for clip {request.clip_id}; {request.num_frames} were asked for"
+        )
+    return clip
