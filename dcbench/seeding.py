@@ -1,8 +1,10 @@
 """Randomness is an argument: one seed and one CPU generator for each clip, whatever its batch, rank or device."""
 
 import hashlib
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def clip_seed(run_seed: int, clip_id: str) -> int:
@@ -11,9 +13,11 @@ def clip_seed(run_seed: int, clip_id: str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def generator(seed: int, stream: str = "") -> torch.Generator:
+def generator(seed: int, stream: str = "") -> "torch.Generator":
     """A CPU generator. Noise is drawn on the CPU and moved, so that it is the same on every device.
 
     `stream` separates independent uses of one seed (for example "latents" and "posterior").
     """
+    import torch  # here, so that planning a run does not pay for it
+
     return torch.Generator("cpu").manual_seed(clip_seed(seed, stream) if stream else seed)
