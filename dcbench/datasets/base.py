@@ -1,37 +1,11 @@
 """What a dataset yields; the protocol chooses videos, frames and captions from it."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
+from dcbench.video import Video, VideoError, VideoInfo
 
-from dcbench.errors import UserError
-
-
-@dataclass(frozen=True)
-class VideoInfo:
-    """What a video holds. `num_frames` counts frames that really decode, not what the header claims."""
-
-    num_frames: int
-    fps: float
-    height: int
-    width: int
-    decoder: str  # "decord", "pyav" or "procedural"
-
-
-class Video(Protocol):
-    """A video to read exact frames from: a file, or a procedural world. Must be picklable."""
-
-    def info(self) -> VideoInfo: ...
-
-    def read(self, indices: Sequence[int]) -> Tensor:
-        """uint8 [len(indices), 3, h, w]; raises VideoError, which names the video and the reason."""
-        ...
-
-
-class VideoError(UserError):
-    """A video that cannot be read, is too short, or hangs its decoder."""
+__all__ = ["Dataset", "Item", "Video", "VideoError", "VideoInfo"]
 
 
 @dataclass(frozen=True)

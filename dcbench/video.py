@@ -1,0 +1,461 @@
+"""Video files: exact frames in, by decoders that can be killed; lossless clips and previews out.
+
+Reading happens in worker processes (`video_worker.py`): decord 0.6 can hang for ever holding the interpreter lock, and
+a damaged file can crash a decoder. "auto" reads a file by decord where decord agrees with a full decode about the
+number of frames, and by PyAV elsewhere (decord repeats the last frame of some DivX files); both give the same pixels,
+but for a rounding of one or two levels in few of them.
+A file of variable frame rate is read frame by frame: `fps` is its average rate, and indices count frames, not time.
+"""
+
+import atexit
+import contextlib
+import errno
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dcbench.clips import check_clip
+from dcbench.errors import UserError
+from dcbench.weights import atomic_write
+
+Decoder = Literal["auto", "decord", "pyav"]
+SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".gif")
+WORKER = Path(__file__).with_name("video_worker.py")
+SECONDS = 30.0  # a request may take this long, and SECONDS_PER_MB more for each megabyte of the file
+SECONDS_PER_MB = 2.0
+
+
+class VideoError(UserError):
+    """A video that cannot be read, is too short, or hangs its decoder."""
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a video holds. `num_frames` counts frames that really decode, not what the header claims."""
+
+    num_frames: int
+    fps: float
+    height: int
+    width: int
+    decoder: str  # "decord", "pyav" or "procedural"
+
+
+class Video(Protocol):
+    """A video to read exact frames from: a file, or a procedural world. Must be picklable."""
+
+    def info(self) -> VideoInfo: ...
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """uint8 [len(indices), 3, h, w]; raises VideoError, which names the video and the reason."""
+        ...
+
+
+class Facts(NamedTuple):
+    """What decoding a whole file found."""
+
+    frames: int  # that decode
+    declared: int  # by the header; 0: it says nothing
+    fps: float
+    height: int
+    width: int
+    codec: str
+    rotated: bool  # the file asks the player to turn it
+    damage: list[str]  # what did not decode
+    hash: str  # of all pixels, where asked for
+    decord_frames: int | None  # None: decord cannot open the file, or is not installed
+
+
+# --- worker processes -------------------------------------------------------------------------------------------------
+
+
+class _WorkerDied(Exception):
+    """The decoding process crashed, or was killed after its time ran out."""
+
+
+class _Worker:
+    """One decoding process."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", str(WORKER)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def ask(self, request: dict[str, Any], seconds: float) -> tuple[dict[str, Any], Tensor]:
+        """The answer's header and its bytes; after _WorkerDied the process is gone."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        late = threading.Event()
+
+        def kill() -> None:
+            late.set()
+            self.process.kill()
+
+        watchdog = threading.Timer(seconds, kill)
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            self.process.stdin.write(json.dumps({**request, "timeout": seconds}).encode() + b"\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+            if not line.endswith(b"\n"):
+                raise EOFError
+            header = json.loads(line)
+            payload = torch.empty(header["bytes"], dtype=torch.uint8)
+            view, filled = payload.numpy().data, 0
+            while filled < len(view):
+                got = self.process.stdout.readinto(view[filled:])  # type: ignore[attr-defined]
+                if not got:
+                    raise EOFError
+                filled += got
+            return header, payload
+        except (EOFError, BrokenPipeError) as error:
+            self.close()
+            reason = f"no answer within {seconds:.0f} s" if late.is_set() else _exit_reason(self.process.returncode)
+            raise _WorkerDied(reason) from error
+        except BaseException:  # Ctrl-C in the middle of an answer leaves a pipe that nobody can use again
+            self.close()
+            raise
+        finally:
+            watchdog.cancel()
+
+    def close(self) -> None:
+        self.process.kill()  # it holds no state worth a slow goodbye
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+        self.process.wait()
+
+
+def _exit_reason(code: int) -> str:
+    if code < 0:
+        return f"the decoder crashed ({signal.Signals(-code).name})"
+    return f"the decoding process ended with exit code {code}"
+
+
+class _Pool:
+    """Idle workers, kept for the next request; as many exist as threads ask at once."""
+
+    def __init__(self) -> None:
+        self.idle: list[_Worker] = []
+        self.lock = threading.Lock()
+
+    def ask(self, request: dict[str, Any], seconds: float) -> tuple[dict[str, Any], Tensor]:
+        with self.lock:
+            worker = self.idle.pop() if self.idle else None
+        if worker is not None and worker.process.poll() is not None:
+            worker.close()
+            worker = None
+        worker = worker or _Worker()
+        answer = worker.ask(request, seconds)
+        with self.lock:
+            self.idle.append(worker)
+        return answer
+
+    def close(self) -> None:
+        with self.lock:
+            workers, self.idle = self.idle, []
+        for worker in workers:
+            worker.close()
+
+
+_pool = _Pool()
+_of_the_parent: list[_Pool] = []
+atexit.register(lambda: _pool.close())
+
+
+def _after_fork() -> None:
+    """A forked process (a data loader's) must not talk through its parent's pipes, nor end its parent's workers."""
+    global _pool
+    _of_the_parent.append(_pool)
+    _pool = _Pool()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def close_workers() -> None:
+    """End all idle decoding processes; they start again when needed. At exit this happens by itself."""
+    _pool.close()
+
+
+def _ask(path: Path, request: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
+    try:
+        megabytes = path.stat().st_size / 1e6
+    except OSError as error:
+        raise VideoError(f"{path}: {error.strerror or error}") from error
+    if megabytes == 0:
+        raise VideoError(f"{path}: the file is empty")
+    request = {**request, "path": str(path.absolute())}
+    header, payload = _pool.ask(request, SECONDS + SECONDS_PER_MB * megabytes)
+    if "error" in header:
+        raise VideoError(f"{path}: {header['error']}")
+    return header, payload
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(1)
+def has_decord() -> bool:
+    return importlib.util.find_spec("decord") is not None
+
+
+def examine(path: Path, with_hash: bool = False) -> Facts:
+    """Facts of a file, by decoding all of it once. Raises VideoError when no frame decodes."""
+    try:
+        key = path.stat()
+    except OSError as error:
+        raise VideoError(f"{path}: {error.strerror or error}") from error
+    return _examine(path, key.st_size, key.st_mtime_ns, with_hash)
+
+
+@lru_cache(65536)
+def _examine(path: Path, size: int, modified: int, with_hash: bool) -> Facts:
+    request = {"op": "examine", "with_hash": with_hash, "with_decord": has_decord()}
+    try:
+        header, _ = _ask(path, request)
+    except _WorkerDied as died:
+        if not request["with_decord"]:
+            raise VideoError(f"{path}: {died}") from died
+        try:  # decord may be the one that hangs
+            header, _ = _ask(path, {**request, "with_decord": False})
+        except _WorkerDied as again:
+            raise VideoError(f"{path}: {again}") from again
+    header.pop("bytes")
+    return Facts(**header)
+
+
+def probe(path: Path, decoder: Decoder = "auto") -> VideoInfo:
+    """Size, rate and exact number of frames, and the decoder that will read them."""
+    facts = examine(path)
+    if facts.fps <= 0:
+        raise VideoError(f"{path}: the file states no frame rate")
+    agrees = facts.decord_frames == facts.frames and not facts.rotated
+    chosen = ("decord" if agrees else "pyav") if decoder == "auto" else decoder
+    return VideoInfo(facts.frames, facts.fps, facts.height, facts.width, chosen)
+
+
+def read_frames(path: Path, indices: Sequence[int], decoder: Decoder = "auto") -> tuple[Tensor, str]:
+    """Exactly these frames, uint8 [t, 3, h, w], and the name of the decoder that read them.
+
+    "auto" falls back to PyAV when decord fails, hangs or crashes; a decoder asked for by name never falls back.
+    """
+    if decoder == "decord" and not has_decord():
+        raise UserError("decord is not installed here; choose the decoder pyav, or auto")
+    info = probe(path, decoder)
+    if not indices:
+        raise VideoError(f"{path}: no frames were asked for")
+    wrong = [index for index in indices if not 0 <= index < info.num_frames]
+    if wrong:
+        raise VideoError(f"{path}: frame {wrong[0]} was asked for, but only frames 0-{info.num_frames - 1} decode")
+    attempts = ["decord", "pyav"] if decoder == "auto" and info.decoder == "decord" else [info.decoder]
+    reasons: list[str] = []
+    for name in attempts:
+        request = {"op": "read", "decoder": name, "indices": [int(index) for index in indices]}
+        try:
+            header, payload = _ask(path, request)
+            shape = header["shape"]
+            if shape[1:] != [info.height, info.width, 3]:
+                raise VideoError(f"{path}: got frames {shape[2]}x{shape[1]}, expected {info.width}x{info.height}")
+            return payload.view(shape).permute(0, 3, 1, 2).contiguous(), name
+        except (_WorkerDied, VideoError) as error:
+            reasons.append(f"{name}: {str(error).removeprefix(f'{path}: ')}")
+    raise VideoError(f"{path}: cannot be read ({'; '.join(reasons)})")
+
+
+@dataclass(frozen=True)
+class VideoFile:
+    """A video file as a `Video`."""
+
+    path: Path
+    decoder: Decoder = "auto"
+
+    def info(self) -> VideoInfo:
+        return probe(self.path, self.decoder)
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        return read_frames(self.path, indices, self.decoder)[0]
+
+
+class Read(NamedTuple):
+    """Frames, and what decoded them."""
+
+    frames: Tensor  # uint8 [t, 3, h, w]
+    decoder: str
+
+
+def read(video: Video, indices: Sequence[int] | None = None) -> Read:
+    """Frames of any video (None: all), with the decoder that really read them."""
+    indices = range(video.info().num_frames) if indices is None else indices
+    if isinstance(video, VideoFile):
+        return Read(*read_frames(video.path, indices, video.decoder))
+    return Read(video.read(indices), video.info().decoder)
+
+
+def read_many(
+    jobs: Iterable[tuple[Video, Sequence[int] | None]], workers: int = 1, ahead: int | None = None
+) -> Iterator[Read | VideoError]:
+    """Each job's frames in the order of the jobs, or its VideoError, so that one bad video does not end the rest.
+
+    Up to `ahead` clips (2 a worker by default) are decoded while the caller computes; no more are held in memory.
+    """
+    ahead = ahead or 2 * workers
+    executor = ThreadPoolExecutor(workers, "decode")
+    waiting: deque[Future[Read]] = deque()
+    todo = iter(jobs)
+    try:
+        while True:
+            while len(waiting) < ahead and (job := next(todo, None)) is not None:
+                waiting.append(executor.submit(read, *job))
+            if not waiting:
+                return
+            try:
+                result: Read | VideoError = waiting.popleft().result()
+            except VideoError as error:
+                result = error
+            yield result
+            del result  # the caller alone decides how long a clip lives
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def _encode(
+    path: Path,
+    clip: Tensor,
+    fps: float,
+    container: str,
+    codec: str,
+    pixels: str,
+    options: Mapping[str, str],
+    container_options: Mapping[str, str] | None = None,
+    tag: str = "",
+) -> None:
+    """Encode uint8 [t, 3, h, w] and put the whole file in place at once. The same clip gives the same bytes."""
+    import av
+
+    check_clip(clip, str(path))
+    if not 0.1 <= fps <= 1000:
+        raise UserError(f"{path}: fps is {fps}; expected a number of frames per second from 0.1 to 1000")
+    frames = clip.permute(0, 2, 3, 1).cpu().contiguous().numpy()
+    try:
+        with atomic_write(path) as temporary:
+            settings = {"fflags": "+bitexact", **(container_options or {})}
+            with av.open(str(temporary), "w", format=container, options=settings) as output:
+                rate = Fraction(fps).limit_denominator(1001)
+                stream = output.add_stream(codec, rate=rate, options={"flags": "+bitexact", **options})
+                context: Any = stream.codec_context
+                stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], pixels  # type: ignore
+                context.thread_count = 1
+                if tag:
+                    context.codec_tag = tag
+                if pixels == "yuv420p":  # what the conversion below computes; players guess otherwise by height
+                    context.colorspace, context.color_primaries, context.color_trc, context.color_range = 6, 6, 6, 1
+                for pixel in frames:
+                    frame = av.VideoFrame.from_ndarray(pixel, format="rgb24").reformat(format=pixels)
+                    output.mux(stream.encode(frame))  # type: ignore[arg-type]
+                output.mux(stream.encode(None))  # type: ignore[arg-type]
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> UserError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    advice = " Free some room there; nothing unfinished was left behind." if full else ""
+    return UserError(f"cannot write {path}: {error.strerror or error}.{advice}")
+
+
+def write_lossless(path: Path, clip: Tensor, fps: float) -> None:
+    """A clip file, FFV1 in Matroska: the pixels come back bit for bit, with a checksum on every slice."""
+    options = {"level": "3", "slices": "4", "slicecrc": "1", "coder": "1", "context": "0"}
+    _encode(path, clip, fps, "matroska", "ffv1", "bgr0", options)
+
+
+def read_clip(path: Path) -> tuple[Tensor, float]:
+    """All frames of a clip file, uint8 [t, 3, h, w], and its fps."""
+    video = VideoFile(path)
+    return read(video).frames, video.info().fps
+
+
+def _even(clip: Tensor) -> Tensor:
+    """Repeat the last row or column where a side is odd: 4:2:0 video has even sides only."""
+    if clip.shape[2] % 2:
+        clip = torch.cat([clip, clip[:, :, -1:]], 2)
+    if clip.shape[3] % 2:
+        clip = torch.cat([clip, clip[..., -1:]], 3)
+    return clip
+
+
+def write_mp4(path: Path, clip: Tensor, fps: float, crf: int = 18) -> None:
+    """H.264 that every browser plays."""
+    clip = _even(check_clip(clip, str(path)))
+    _encode(path, clip, fps, "mp4", "libx264", "yuv420p", {"crf": str(crf)}, {"movflags": "+faststart"})
+
+
+def write_webm(path: Path, clip: Tensor, fps: float, crf: int = 24) -> None:
+    """VP9; `b=0` makes the encoder obey crf."""
+    clip = _even(check_clip(clip, str(path)))
+    options = {"crf": str(crf), "b": "0", "deadline": "good", "cpu-used": "4"}
+    _encode(path, clip, fps, "webm", "libvpx-vp9", "yuv420p", options)
+
+
+def write_avi(path: Path, clip: Tensor, fps: float) -> None:
+    """MPEG-4 part 2 tagged XVID in AVI, as UCF-101 has it."""
+    clip = _even(check_clip(clip, str(path)))
+    _encode(path, clip, fps, "avi", "mpeg4", "yuv420p", {"b": "8M", "g": "12", "qmin": "2", "qmax": "3"}, tag="XVID")
+
+
+def write_gif(path: Path, clip: Tensor, fps: float) -> None:
+    """A looping GIF with 256 colours a frame; its clock counts hundredths of a second."""
+    from PIL import Image
+
+    frames = [
+        Image.fromarray(np.ascontiguousarray(pixels)).quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+        for pixels in check_clip(clip, str(path)).permute(0, 2, 3, 1).cpu().numpy()
+    ]
+    try:
+        with atomic_write(path) as temporary:
+            frames[0].save(
+                temporary,
+                "GIF",
+                save_all=True,
+                append_images=frames[1:],
+                duration=round(1000 / fps),
+                loop=0,
+                disposal=1,
+            )
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+WRITERS = {".mp4": write_mp4, ".webm": write_webm, ".gif": write_gif, ".mkv": write_lossless, ".avi": write_avi}
+
+
+def write_preview(path: Path, clip: Tensor, fps: float) -> None:
+    """Write a clip in the format that the file name's ending asks for."""
+    writer = WRITERS.get(path.suffix.lower())
+    if writer is None:
+        raise UserError(f"{path}: cannot write {path.suffix or 'a file without an ending'}; use {', '.join(WRITERS)}")
+    writer(path, clip, fps)

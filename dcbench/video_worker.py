@@ -1,0 +1,154 @@
+"""Decodes video files in a process of its own, so that a decoder that hangs or crashes can be killed.
+
+`dcbench.video` starts this file by its path; nothing imports it, and it imports nothing of dcbench and no torch.
+One JSON object a line comes in on stdin; each answer is one JSON line on stdout, then `bytes` raw bytes.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import sys
+from typing import Any
+
+import numpy as np
+
+
+def open_pyav(path: str) -> Any:
+    """A container; undecodable bytes in its metadata are ignored (a real file raised UnicodeDecodeError)."""
+    import av
+
+    container = av.open(path, metadata_errors="ignore")
+    if not container.streams.video:
+        raise ValueError("the file holds no video stream")
+    stream = container.streams.video[0]
+    stream.codec_context.thread_count = 1  # one process a core; frame threads would also delay errors
+    return container
+
+
+def decoded(container: Any, damage: list[str]) -> Any:
+    """Every frame that decodes, in display order; what does not is noted in `damage` and passed over."""
+    from av.error import FFmpegError
+
+    stream = container.streams.video[0]
+    try:
+        for packet in container.demux(stream):
+            try:
+                for frame in packet.decode():
+                    if frame.is_corrupt:
+                        damage.append(f"the frame at {frame.time} s is marked as corrupt")
+                    yield frame
+            except FFmpegError as error:
+                damage.append(str(error))
+    except FFmpegError as error:  # the container itself ends or breaks early
+        damage.append(str(error))
+
+
+def examine(path: str, with_decord: bool, with_hash: bool) -> tuple[dict[str, Any], bytes]:
+    """Facts of a file by decoding all of it; `decord_frames` is what decord claims, for comparison."""
+    damage: list[str] = []
+    count, shape, rotated, digest = 0, (0, 0), False, hashlib.blake2b(digest_size=16)
+    with contextlib.closing(open_pyav(path)) as container:
+        stream = container.streams.video[0]
+        rate = stream.average_rate or stream.guessed_rate or stream.base_rate
+        declared, codec = stream.frames, stream.codec_context.name
+        start, end = None, None
+        for frame in decoded(container, damage):
+            if count == 0:
+                rotated = frame.rotation % 360 != 0
+                shape = (frame.width, frame.height) if frame.rotation % 180 else (frame.height, frame.width)
+                start = frame.time
+            end = frame.time
+            count += 1
+            if with_hash:
+                digest.update(np.ascontiguousarray(frame.to_ndarray(format="rgb24")).data)
+    if count == 0:
+        raise ValueError(f"no frame decodes ({damage[0] if damage else 'the stream is empty'})")
+    if not rate and count > 1 and start is not None and end is not None and end > start:
+        rate = (count - 1) / (end - start)
+    facts: dict[str, Any] = {
+        "frames": count,
+        "declared": declared,
+        "fps": float(rate) if rate else 0.0,
+        "height": shape[0],
+        "width": shape[1],
+        "codec": codec,
+        "rotated": rotated,
+        "damage": damage[:5],
+        "hash": digest.hexdigest() if with_hash else "",
+        "decord_frames": None,
+    }
+    if with_decord:
+        with contextlib.suppress(Exception):  # decord raises a type of its own; a file that it cannot open is PyAV's
+            facts["decord_frames"] = len(open_decord(path))
+    return facts, b""
+
+
+def open_decord(path: str) -> Any:
+    import decord
+
+    return decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1)
+
+
+def read_decord(path: str, indices: list[int]) -> np.ndarray:
+    return open_decord(path).get_batch(indices).asnumpy()
+
+
+def read_pyav(path: str, indices: list[int]) -> np.ndarray:
+    """Decodes from the start to the last wanted frame: exact for every file, without trust in an index."""
+    wanted, last = set(indices), max(indices)
+    frames: dict[int, np.ndarray] = {}
+    with contextlib.closing(open_pyav(path)) as container:
+        for index, frame in enumerate(decoded(container, [])):
+            if index in wanted:
+                pixels = frame.to_ndarray(format="rgb24")
+                frames[index] = np.rot90(pixels, round(frame.rotation / 90)) if frame.rotation else pixels
+            if index == last:
+                break
+    missing = sorted(wanted - frames.keys())
+    if missing:
+        raise ValueError(f"frame {missing[0]} does not decode")
+    return np.stack([frames[index] for index in indices])
+
+
+READERS = {"decord": read_decord, "pyav": read_pyav}
+
+
+def first_line(error: BaseException) -> str:
+    """The message without its stack; decord puts a C++ traceback below and a file position before it."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "") or type(error).__name__
+    return text.split("Check failed: ", 1)[-1] if "Check failed: " in text else text
+
+
+def answer(request: dict[str, Any]) -> tuple[dict[str, Any], memoryview | bytes]:
+    if request["op"] == "examine":
+        return examine(request["path"], request["with_decord"], request["with_hash"])
+    frames = np.ascontiguousarray(READERS[request["decoder"]](request["path"], request["indices"]))
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[0] != len(request["indices"]):
+        raise ValueError(f"{request['decoder']} returned {frames.dtype} {list(frames.shape)}")
+    return {"shape": list(frames.shape)}, frames.data.cast("B")
+
+
+def main() -> None:
+    # Whatever a decoder prints must not mix with the answers.
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
+    for line in sys.stdin:
+        request = json.loads(line)
+        if hasattr(signal, "alarm"):  # if the parent dies first, a hanging decoder still ends
+            signal.alarm(int(request["timeout"]) + 10)
+        try:
+            header, payload = answer(request)
+        except Exception as error:  # any failure of a decoder is an answer
+            header, payload = {"error": first_line(error)}, b""
+        out.write(json.dumps({**header, "bytes": len(payload)}).encode() + b"\n")
+        out.write(payload)
+        out.flush()
+        if hasattr(signal, "alarm"):
+            signal.alarm(0)
+
+
+if __name__ == "__main__":
+    main()
