@@ -56,10 +56,10 @@ class Published(Facts):
 class ClipShape(Facts):
     """What a model makes natively."""
 
-    frames: int | None = Field(None, ge=1)  # None: as many as asked for
-    height: int | None = Field(None, ge=1)
-    width: int | None = Field(None, ge=1)
-    fps: float | None = Field(None, gt=0)
+    frames: int | None = Field(default=None, ge=1)  # None: as many as asked for
+    height: int | None = Field(default=None, ge=1)
+    width: int | None = Field(default=None, ge=1)
+    fps: float | None = Field(default=None, gt=0)
 
 
 class Card(Facts):
@@ -245,7 +245,7 @@ def with_overrides(card: CardT, settings: list[str]) -> CardT:
         if not isinstance(table, dict) or last not in table:
             allowed = [f"{name}.{inner}" for name in ("sampling", "options", "clip") for inner in data.get(name) or {}]
             raise UserError(
-                f'--set {key}: {card.name} has no such key.{near_match(key, allowed)} '
+                f"--set {key}: {card.name} has no such key.{near_match(key, allowed)} "
                 f"Its keys: {', '.join(allowed) or 'none'}."
             )
         table[last] = _parse_value(text.strip())

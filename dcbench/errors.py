@@ -1,4 +1,4 @@
-"""Errors for the user: what was given, what is allowed, what to do. The command line prints them without a traceback."""
+"""Errors for the user: what was given, what is allowed, what to do. No traceback is shown for them."""
 
 import difflib
 from collections.abc import Iterable

@@ -10,7 +10,8 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Protocol as Interface
+from typing import Any, Literal
+from typing import Protocol as Interface
 
 from pydantic import Field
 
@@ -128,7 +129,7 @@ def ordered(items: Sequence[ItemT], protocol: Protocol) -> list[ItemT]:
     shuffled = sorted(by_id, key=lambda item: (_rank(protocol.selection_seed, item.id), item.id))
     if protocol.selection == "random":
         return shuffled
-    # by_class: the k-th video of a class with n videos stands at (k + 1/2) / n, so every prefix follows the distribution
+    # by_class: the k-th video of a class with n videos stands at (k + 1/2) / n, so prefixes keep proportions
     places: dict[str, list[ItemT]] = defaultdict(list)
     for item in shuffled:
         places[item.label or ""].append(item)

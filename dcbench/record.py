@@ -183,7 +183,12 @@ def read_manifest(path: Path) -> list[ManifestItem]:
 
 def check_clip_id(clip_id: str) -> str:
     """A clip id becomes a file name: nothing in it may lead elsewhere."""
-    if not clip_id or clip_id.startswith(".") or any(char in clip_id for char in '/\\\0:*?"<>|\n\r') or len(clip_id) > 180:
+    if (
+        not clip_id
+        or clip_id.startswith(".")
+        or any(char in clip_id for char in '/\\\0:*?"<>|\n\r')
+        or len(clip_id) > 180
+    ):
         raise UserError(f"clip id {clip_id!r} cannot be a file name: use letters, digits, '_', '-', '.' (180 at most)")
     return clip_id
 
@@ -209,7 +214,9 @@ def read_record(run: Path) -> Record:
     """The record of a run directory (or of a record.json)."""
     path = run / "record.json" if run.is_dir() else run
     if not path.is_file():
-        raise UserError(f"no record at {path}: the run is not finished. `dcbench run` with the same options continues it")
+        raise UserError(
+            f"no record at {path}: the run is not finished. `dcbench run` with the same options continues it"
+        )
     return _read(path, Record)
 
 

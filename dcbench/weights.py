@@ -59,6 +59,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
 def human_size(size: int) -> str:
     if not size:
         return "unknown size"
@@ -108,7 +112,9 @@ def fetch(source: WeightSource, offline: bool = False, to: Path | None = None) -
     got = _download(source, folder)
     if source.sha256 and (actual := sha256_file(got)) != source.sha256:
         got.unlink()
-        raise UserError(f"{source.name}: sha256 is {actual}, expected {source.sha256}; the download was removed. Try again.")
+        raise UserError(
+            f"{source.name}: sha256 is {actual}, expected {source.sha256}; the download was removed. Try again."
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     os.replace(got, path)
     return path
@@ -130,7 +136,7 @@ def _download(source: WeightSource, folder: Path) -> Path:
         return Path(pooch.retrieve(source.url, known, fname=Path(source.name).name, path=partial, progressbar=True))
     except Exception as error:  # the network and the hub raise dozens of types; the cause is kept and shown
         raise MissingWeights(
-            f"could not download {source.name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}\n"
+            f"could not download {source.name}: {type(error).__name__}: {first_line(error)}\n"
             f"  {describe(source)}\n  Or put the file at {folder}/{source.name}"
         ) from error
 
@@ -150,13 +156,15 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
             raise UserError(f"{path} is not a whole safetensors file ({error}); fetch it again") from error
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError, KeyError ... by the kind of damage
+    except (
+        Exception
+    ) as error:  # torch raises UnpicklingError, RuntimeError, EOFError, KeyError ... by the kind of damage
         try:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
         except Exception:
             raise UserError(
-                f"{path} cannot be loaded safely: {str(error).splitlines()[0] if str(error) else type(error).__name__}. "
-                "It is truncated, is no checkpoint, or holds objects other than tensors, which dcbench does not execute."
+                f"{path} cannot be loaded safely: {first_line(error)}. It is truncated, is no checkpoint, or holds "
+                "objects other than tensors, which dcbench does not execute."
             ) from error
     if isinstance(loaded, dict):
         for key in ("state_dict", "module"):

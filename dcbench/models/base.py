@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dcbench.catalogue import ModelCard
+from dcbench.errors import UserError
 
 CONDITIONS = frozenset({"image", "prompt", "fps", "frame_stride", "end_image", "reference"})
 
@@ -52,16 +53,17 @@ class ImageToVideo(Protocol):
 def check_generated(clip: Tensor, request: Request, model: str) -> Tensor:
     """Return the clip if it is what the request asked for; otherwise say what is wrong with it."""
     if not isinstance(clip, Tensor):
-        raise ValueError(f"model {model} returned {type(clip).__name__} for clip {request.clip_id}, not a tensor")
+        raise UserError(f"model {model} returned {type(clip).__name__} for clip {request.clip_id}, not a tensor")
     if clip.is_floating_point() and not bool(torch.isfinite(clip).all()):
-        raise ValueError(f"model {model} returned NaN or infinity for clip {request.clip_id}")
+        raise UserError(f"model {model} returned NaN or infinity for clip {request.clip_id}")
     if clip.dtype != torch.uint8 or clip.ndim != 4 or clip.shape[1] != 3:
-        raise ValueError(
+        raise UserError(
             f"model {model} returned {str(clip.dtype).removeprefix('torch.')} {list(clip.shape)} for clip "
             f"{request.clip_id}; expected uint8 [{request.num_frames}, 3, h, w]"
         )
     if clip.shape[0] != request.num_frames:
-        raise ValueError(
-            f"model {model} returned {clip.shape[0]} frames for clip {request.clip_id}; {request.num_frames} were asked for"
+        raise UserError(
+            f"model {model} returned {clip.shape[0]} frames for clip {request.clip_id}; "
+            f"{request.num_frames} were asked for"
         )
     return clip

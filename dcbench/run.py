@@ -1,0 +1,501 @@
+"""A run: plan -> sample -> score -> record. Each step finds what is already there, so the same command continues."""
+
+import contextlib
+import datetime
+import importlib.metadata
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import dcbench
+from dcbench import record, scoring, video
+from dcbench.catalogue import DatasetCard, ModelCard, load_entry_point
+from dcbench.clips import resize
+from dcbench.datasets import find_root
+from dcbench.datasets.base import Dataset, Item
+from dcbench.errors import UserError, near_match
+from dcbench.metrics.cache import FeatureCache
+from dcbench.models.base import ImageToVideo, Request, Runtime, check_generated
+from dcbench.progress import track
+from dcbench.protocol import Protocol, fingerprint, plan_clips
+from dcbench.record import Cost, Excluded, Failure, ManifestItem, Plan, Record
+from dcbench.rundir import RunDirectory
+
+RECORDED_VERSIONS = ("torch", "torchvision", "torchmetrics", "numpy", "av", "decord", "open_clip_torch", "dreamsim")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run what the plan says; none of these changes a clip (a batch above 1 may change rounding)."""
+
+    device: str = "auto"
+    dtype: str | None = None
+    batch_size: int = 1
+    offline: bool = False
+    quiet: bool = False
+
+    def runtime(self) -> Runtime:
+        device = self.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        elif device.startswith("cuda") and not torch.cuda.is_available():
+            raise UserError(f"--device {device}: this PyTorch sees no GPU. Use --device cpu or --device auto")
+        if device == "cuda" and world_size() > 1:
+            device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        try:
+            torch.device(device)
+        except RuntimeError as error:
+            raise UserError(
+                f"--device {device}: {str(error).splitlines()[0]}. For example: auto, cpu, cuda, cuda:1"
+            ) from error
+        return Runtime(device=device, dtype=self.dtype, offline=self.offline)
+
+
+@dataclass
+class Job:
+    """A planned run: what to make and where it goes."""
+
+    directory: RunDirectory
+    plan: Plan
+    manifest: list[ManifestItem]
+    model: ModelCard
+    protocol: Protocol
+    items: dict[str, Item]
+
+
+# ---------------------------------------------------------------------------------------------------------------- ranks
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def join_ranks() -> None:
+    """Under torchrun, connect the processes (gloo: only small objects travel)."""
+    if world_size() > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's value, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def on_first_rank(action: Callable[[], Any]) -> Any:
+    """Do it on rank 0; a UserError there stops every rank."""
+    outcome: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = action()
+        except UserError as error:
+            outcome[1] = str(error)
+    if world_size() > 1:
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------- plan
+
+
+def plan(
+    model: ModelCard,
+    dataset: DatasetCard,
+    protocol: Protocol,
+    data: Path | None = None,
+    out: Path | None = None,
+    seed: int = 123,
+    limit: int | None = None,
+    manifest: Path | None = None,
+    quiet: bool = False,
+    write: bool = True,
+) -> Job:
+    """Choose the clips and write plan.json and manifest.jsonl, or read them when this run was begun before."""
+    join_ranks()
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit {limit}: it must be at least 1")
+    resolved = protocol.resolved(dataset.name)
+    root = find_root(dataset, data)
+    source = load_dataset(dataset, root, resolved)
+    if resolved.split not in source.splits():
+        raise UserError(
+            f'{dataset.name} has no split "{resolved.split}".{near_match(resolved.split, source.splits())} '
+            f"It has: {', '.join(source.splits())}."
+        )
+    items = {item.id: _with_decoder(item, resolved) for item in source.items(resolved.split)}
+    request = {
+        "model": model.model_dump(mode="json", exclude={"title", "summary", "published", "aliases"}),
+        "dataset": dataset.model_dump(mode="json", include={"name", "options"}),
+        "root": str(root.resolve()) if root else "",
+        "protocol": resolved.identity(),
+        "seed": seed,
+        "limit": limit,
+        "manifest": record.digest(record.read_jsonl(manifest)) if manifest else "",
+    }
+    key = record.digest(request, 8)
+    directory = RunDirectory(out or Path("runs") / f"{model.name}-{dataset.name}-{protocol.name}-{key}")
+
+    def make() -> tuple[Plan, list[ManifestItem]]:
+        begun = _begun(directory, request)
+        if begun:
+            return begun
+        if manifest:
+            chosen, excluded = record.read_manifest(manifest)[:limit], []
+            _check_manifest(chosen, items, resolved, manifest)
+        else:
+            chosen, excluded = _choose(resolved, items, seed, limit, quiet)
+        made = Plan(
+            dcbench=dcbench.__version__,
+            model=model.model_dump(mode="json"),
+            dataset=dataset.model_dump(mode="json"),
+            protocol=resolved.model_dump(mode="json"),
+            seed=seed,
+            limit=limit,
+            fingerprint=fingerprint(resolved, dataset.name, chosen),
+            excluded=excluded,
+            versions=versions(),
+        )
+        if write:
+            with directory.locked():
+                record.write_manifest(directory.manifest, chosen)
+                record.write_text(directory.path / "request.json", record.canonical(request) + "\n")
+                record.write_json(directory.plan, made)  # last: a plan that is there is complete
+        return made, chosen
+
+    made, chosen = on_first_rank(make)
+    return Job(directory, made, chosen, model, resolved, items)
+
+
+def load_dataset(card: DatasetCard, root: Path | None, protocol: Protocol) -> Dataset:
+    unknown = set(protocol.dataset_options) - set(card.options)
+    if unknown:
+        raise UserError(
+            f"protocol {protocol.name} sets {', '.join(sorted(unknown))} for {card.name}, "
+            f"whose card knows {', '.join(card.options) or 'no options'}"
+        )
+    return load_entry_point(card)(card, root, {**card.options, **protocol.dataset_options})
+
+
+def _with_decoder(item: Item, protocol: Protocol) -> Item:
+    """The item, its file read by the decoder that the protocol names."""
+    if protocol.decoder == "auto" or not isinstance(item.video, video.VideoFile):
+        return item
+    return replace(item, video=replace(item.video, decoder=protocol.decoder))
+
+
+def _choose(
+    protocol: Protocol, items: dict[str, Item], seed: int, limit: int | None, quiet: bool
+) -> tuple[list[ManifestItem], list[Excluded]]:
+    wanted = min(protocol.num_clips, len(items), limit or len(items))
+    counter = iter(track(iter(int, 1), wanted, "reading videos", quiet=quiet))
+
+    def probe(item: Item) -> Any:
+        next(counter, None)
+        return item.video.info()
+
+    return plan_clips(protocol, list(items.values()), probe, seed, limit)
+
+
+def _check_manifest(chosen: list[ManifestItem], items: dict[str, Item], protocol: Protocol, path: Path) -> None:
+    """A manifest that somebody else made must fit this dataset and this protocol."""
+    unknown = [item.id for item in chosen if item.id not in items]
+    if unknown:
+        raise UserError(
+            f"{path}: {len(unknown)} of {len(chosen)} clips are not in this dataset's split {protocol.split!r}, "
+            f"for example {unknown[0]!r}; here an id looks like {next(iter(items), 'nothing: it is empty')!r}"
+        )
+    wrong = [item.id for item in chosen if len(item.frames) != protocol.num_frames]
+    if wrong:
+        raise UserError(f"{path}: clip {wrong[0]} has not the protocol's {protocol.num_frames} frames")
+    bad = [item.id for item in chosen if min(item.frames) < 0 or not 0 <= item.condition_frame < len(item.frames)]
+    if bad:
+        raise UserError(f"{path}: clip {bad[0]} names a frame that cannot exist")
+
+
+def _begun(directory: RunDirectory, request: dict[str, Any]) -> tuple[Plan, list[ManifestItem]] | None:
+    """The plan of a run that was begun before; an error when the directory holds another run."""
+    if not directory.plan.is_file():
+        if directory.path.is_dir() and any(path.name[0] != "." for path in directory.path.iterdir()):
+            unfinished = {"manifest.jsonl", "request.json"}
+            strange = [p.name for p in directory.path.iterdir() if p.name[0] != "." and p.name not in unfinished]
+            if strange:
+                raise UserError(
+                    f"{directory.path} holds other files ({strange[0]} ...) and no plan.json. Choose another: --out DIR"
+                )
+        return None
+    rows = record.read_jsonl(directory.path / "request.json")
+    before = rows[0] if rows else {}
+    if before != request:
+        differing = [name for name in request if before.get(name) != request[name]]
+        raise UserError(
+            f"{directory.path} holds another run: it differs in {', '.join(differing)}. "
+            "Give the options that it was begun with, or another directory: --out DIR"
+        )
+    return record.read_plan(directory.path), record.read_manifest(directory.manifest)
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in RECORDED_VERSIONS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------- sample
+
+
+def reference_clip(
+    item: Item, entry: ManifestItem, protocol: Protocol, frames: Sequence[int] | None = None
+) -> tuple[Tensor, str]:
+    """The reference clip (or some of its frames) as the protocol defines it, and the decoder that read it."""
+    clip, decoder = video.read(item.video, entry.frames if frames is None else frames)
+    return to_protocol_size(clip, protocol), decoder
+
+
+def to_protocol_size(clip: Tensor, protocol: Protocol) -> Tensor:
+    """uint8 [t 3 h w] -> uint8 [t 3 height width]"""
+    return resize(clip, protocol.height, protocol.width, protocol.resize, protocol.interpolation, protocol.antialias)
+
+
+def build_request(job: Job, entry: ManifestItem, with_reference: bool) -> Request:
+    item = job.items.get(entry.id)
+    if item is None:
+        raise video.VideoError(f"{entry.id} is not in the dataset any more")
+    reference = reference_clip(item, entry, job.protocol)[0] if with_reference else None
+    condition = entry.frames[entry.condition_frame]
+    return Request(
+        clip_id=entry.id,
+        image=reference_clip(item, entry, job.protocol, [condition])[0][0],
+        prompt=entry.prompt,
+        num_frames=job.protocol.num_frames,
+        fps=entry.fps,
+        frame_stride=entry.frame_stride,
+        seed=entry.seed,
+        reference=reference,
+    )
+
+
+def sample(job: Job, options: Options) -> None:
+    """Make every clip that is missing. Interrupt it at will."""
+    join_ranks()
+    held = job.directory.locked() if rank() == 0 else contextlib.nullcontext()
+    with held:
+        on_first_rank(job.directory.mend_samples)
+        finished = job.directory.finished_samples()
+        missing = [entry for entry in job.manifest if entry.id not in finished]
+        if missing:
+            _check_room(job, missing)
+            model = load_entry_point(job.model)(job.model, options.runtime())
+            mine = missing[rank() :: world_size()]
+            batches = [mine[i : i + options.batch_size] for i in range(0, len(mine), options.batch_size)]
+            done = len(job.manifest) - len(missing)
+            quiet = options.quiet or rank() > 0
+            for _ in track(_sample_batches(job, model, batches), len(mine) + done, "generating", done, quiet):
+                pass
+        barrier()
+
+
+def _check_room(job: Job, missing: Sequence[ManifestItem]) -> None:
+    """Fail on what is cheap to check before the model loads."""
+    free = shutil.disk_usage(job.directory.path).free
+    needed = len(missing) * job.protocol.num_frames * job.protocol.height * job.protocol.width  # about a third of raw
+    if free < needed:
+        raise UserError(
+            f"{job.directory.path}: {free / 1e9:.2f} GB free, about {needed / 1e9:.2f} GB needed for "
+            f"{len(missing)} clips. Free some room, or choose another disk: --out DIR"
+        )
+
+
+def _sample_batches(job: Job, model: ImageToVideo, batches: Sequence[Sequence[ManifestItem]]) -> Iterator[str]:
+    with_reference = "reference" in model.conditions_on
+
+    def read(batch: Sequence[ManifestItem]) -> list[Request | UserError]:
+        requests: list[Request | UserError] = []
+        for entry in batch:
+            try:
+                requests.append(build_request(job, entry, with_reference))
+            except UserError as error:
+                requests.append(error)
+        return requests
+
+    for batch, got in scoring.read_ahead(read, batches, ahead=1):
+        if isinstance(got, UserError):
+            raise got
+        for entry, request in zip(batch, got, strict=True):
+            if isinstance(request, UserError):
+                print(f"cannot read {entry.video} for clip {entry.id}: {request}", file=sys.stderr, flush=True)
+        requests = [request for request in got if isinstance(request, Request)]
+        start = time.perf_counter()
+        made = model.generate(requests) if requests else []
+        seconds = time.perf_counter() - start
+        if len(made) != len(requests):
+            raise UserError(f"model {job.model.name} returned {len(made)} clips for {len(requests)} requests")
+        for request, clip in zip(requests, made, strict=True):
+            clip = check_generated(clip, request, job.model.name).cpu()
+            video.write_lossless(job.directory.clip(request.clip_id), clip, request.fps)
+            job.directory.append_sample(
+                {
+                    "id": request.clip_id,
+                    "sha256": scoring.pixels_sha256(clip),
+                    "shape": list(clip.shape),
+                    "seconds": round(seconds / len(requests), 4),
+                    "peak_memory_mb": round(peak_memory_mb(), 1),
+                }
+            )
+        yield from (entry.id for entry in batch)
+
+
+def peak_memory_mb() -> float:
+    """Of the GPU where one is used, else of this process."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+# ---------------------------------------------------------------------------------------------------------------- score
+
+
+def generated_clip(job: Job, entry: ManifestItem, row: dict[str, Any]) -> Tensor:
+    """A finished clip, checked against its hash, at the protocol's size."""
+    path = job.directory.clip(entry.id)
+    clip, _ = video.read_clip(path)
+    if scoring.pixels_sha256(clip) != row["sha256"]:
+        raise UserError(
+            f"{path} is not the clip that was made (its pixels changed). Remove it and run the same command again"
+        )
+    return to_protocol_size(clip, job.protocol)
+
+
+def score(job: Job, options: Options, metrics: Sequence[str] | None = None) -> Record:
+    """Score every clip that is there and write per_clip.jsonl, record.json and cost.json."""
+    join_ranks()
+    start = time.perf_counter()
+    held = job.directory.locked() if rank() == 0 else contextlib.nullcontext()
+    with held:
+        runtime = options.runtime()
+        built = scoring.build_metrics(scoring.choose_metrics(metrics), runtime, explicit=bool(metrics))
+        finished = job.directory.finished_samples()
+        cache = FeatureCache()
+        mine = job.manifest[rank() :: world_size()]
+        decoders: dict[str, str] = {}
+        pairs = [_pair(job, entry, finished.get(entry.id), decoders) for entry in mine]
+        extracted = scoring.Extracted()
+        quiet = options.quiet or rank() > 0
+        for part in track(scoring.extract(pairs, built, cache), len(pairs), "scoring", quiet=quiet):
+            extracted.merge(part)
+        whole, all_decoders = scoring.Extracted(), {}
+        for part, of_rank in gather((extracted, decoders)):
+            whole.merge(part)
+            all_decoders.update(of_rank)
+        seconds = time.perf_counter() - start
+        return on_first_rank(
+            lambda: _finish(job, options, built, whole, finished, Counter(all_decoders.values()), seconds)
+        )
+
+
+def _pair(job: Job, entry: ManifestItem, row: dict[str, Any] | None, decoders: dict[str, str]) -> scoring.Pair:
+    def reference() -> Tensor:
+        item = job.items.get(entry.id)
+        if item is None:
+            raise video.VideoError(f"{entry.video} is not in the dataset any more")
+        clip, decoders[entry.id] = reference_clip(item, entry, job.protocol)
+        return clip
+
+    def generated() -> Tensor:
+        if row is None:
+            raise video.VideoError(f"no clip was generated for {entry.id}: its video {entry.video} could not be read")
+        return generated_clip(job, entry, row)
+
+    return scoring.Pair(entry.id, reference, generated, entry.condition_frame, entry.prompt, entry.group)
+
+
+def _finish(
+    job: Job,
+    options: Options,
+    built: scoring.Metrics,
+    extracted: scoring.Extracted,
+    finished: dict[str, dict[str, Any]],
+    decoders: dict[str, int],
+    seconds: float,
+) -> Record:
+    order = [entry.id for entry in job.manifest]
+    scores = scoring.score(extracted, built, job.plan.fingerprint, order)
+    if job.directory.record.is_file():  # keep what an earlier call scored with other metrics on the same clips
+        with contextlib.suppress(UserError):
+            before = record.read_record(job.directory.path)
+            scores = {name: value for name, value in before.scores.items() if name not in scores} | scores
+    failures = sorted(extracted.failures, key=lambda failure: failure.id)
+    failures += [Failure(id=lost.id, reason=lost.reason) for lost in job.plan.excluded if lost.rule == "unreadable"]
+    result = Record(
+        plan=job.plan,
+        scores=dict(sorted(scores.items())),
+        n_planned=len(order),
+        n_scored=len(order) - len(extracted.failures),
+        failures=failures,
+        clips_sha256=record.digest([[i, finished[i]["sha256"]] for i in order if i in finished], 64),
+        decoders=dict(sorted(decoders.items())),
+    )
+    job.directory.write_per_clip(scoring.per_clip_rows(extracted, order))
+    record.write_json(job.directory.record, result)
+    record.write_json(job.directory.cost, _cost(job, options, finished, seconds))
+    return result
+
+
+def _cost(job: Job, options: Options, finished: dict[str, dict[str, Any]], seconds: float) -> Cost:
+    rows = [finished[entry.id] for entry in job.manifest if entry.id in finished]
+    per_clip = [row["seconds"] for row in rows]
+    runtime = options.runtime()
+    return Cost(
+        seconds_per_clip=sum(per_clip) / len(per_clip) if per_clip else None,
+        peak_memory_mb=max((row["peak_memory_mb"] for row in rows), default=None),
+        sample_seconds=sum(per_clip),
+        score_seconds=seconds,
+        device=runtime.device,
+        dtype=runtime.dtype or "float32",
+        hardware=torch.cuda.get_device_name()
+        if runtime.device.startswith("cuda")
+        else platform.processor() or platform.machine(),
+        git_commit=_git_commit(),
+        finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        details={"steps": job.model.sampling.get("steps")},
+    )
+
+
+def _git_commit() -> str:
+    """The commit of a checkout that dcbench runs from; '' when it is installed."""
+    here = Path(dcbench.__file__).parent
+    if not (here.parent / ".git").exists():
+        return ""
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()

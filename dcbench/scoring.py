@@ -1,0 +1,266 @@
+"""Scoring: one streaming pass over pairs of reference and generated clips, then one number a metric.
+
+Each clip is decoded once for all metrics, the next ones while the networks work on the last; only features are kept,
+so memory does not grow with the number of clips.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from dcbench import record
+from dcbench.catalogue import MetricCard, cards, find_metric, load_entry_point
+from dcbench.datasets.base import VideoError
+from dcbench.errors import UserError
+from dcbench.metrics.base import ClipMetric, SetMetric
+from dcbench.metrics.cache import FeatureCache
+from dcbench.models.base import Runtime
+
+S = TypeVar("S")
+T = TypeVar("T")
+PREFETCH = 3  # pairs decoded ahead
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A reference and a generated clip to read; either may be absent when two unpaired folders are scored."""
+
+    id: str
+    reference: Callable[[], Tensor] | None  # -> uint8 [t 3 h w]
+    generated: Callable[[], Tensor] | None
+    condition_frame: int = 0  # which reference frame was the input image
+    prompt: str | None = None
+    group: str | None = None
+
+
+@dataclass
+class Extracted:
+    """What one pass leaves: features by extractor identity, values by metric, hashes, failures."""
+
+    reference: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # extractor key -> clip id -> [d]
+    generated: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    values: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)  # metric -> clip id -> values
+    reference_values: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    groups: dict[str, str] = field(default_factory=dict)
+    failures: list[record.Failure] = field(default_factory=list)
+
+    def merge(self, other: "Extracted") -> None:
+        for name in ("reference", "generated", "values", "reference_values"):
+            mine: dict[str, dict[str, Any]] = getattr(self, name)
+            for key, table in getattr(other, name).items():
+                mine.setdefault(key, {}).update(table)
+        self.groups.update(other.groups)
+        self.failures.extend(other.failures)
+
+
+@dataclass
+class Metrics:
+    """The metrics of a run, built; those that cannot be built, with the reason."""
+
+    cards: list[MetricCard]
+    sets: dict[str, SetMetric] = field(default_factory=dict)
+    clips: dict[str, ClipMetric] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+def choose_metrics(names: Sequence[str] | None) -> list[MetricCard]:
+    """The metric cards of a run: the default ones, or those named (an unknown name is an error)."""
+    if not names:
+        return [card for card in cards("metrics").values() if isinstance(card, MetricCard) and card.default]
+    chosen = {card.name: card for card in map(find_metric, names)}
+    return list(chosen.values())
+
+
+def build_metrics(chosen: Sequence[MetricCard], runtime: Runtime, explicit: bool) -> Metrics:
+    """Build every metric. One whose weights are missing keeps its reason; named explicitly, it is an error."""
+    built = Metrics(list(chosen))
+    for card in chosen:
+        try:
+            metric = load_entry_point(card)(card, runtime)
+        except UserError as error:
+            if explicit:
+                raise
+            built.missing[card.name] = str(error)
+            continue
+        (built.sets if card.kind == "set" else built.clips)[card.name] = metric
+    return built
+
+
+def pixels_sha256(clip: Tensor) -> str:
+    """Hash of a clip's shape and pixels."""
+    header = f"{list(clip.shape)}".encode()
+    return hashlib.sha256(header + clip.contiguous().numpy().tobytes()).hexdigest()
+
+
+def read_ahead(read: Callable[[S], T], jobs: Iterable[S], ahead: int = PREFETCH) -> Iterator[tuple[S, T | UserError]]:
+    """Yield (job, read(job)) in order while `ahead` further jobs are being read; a UserError is yielded, not raised."""
+
+    def attempt(job: S) -> T | UserError:
+        try:
+            return read(job)
+        except UserError as error:
+            return error
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        waiting: list[tuple[S, Any]] = []
+        try:
+            for job in jobs:
+                waiting.append((job, pool.submit(attempt, job)))
+                if len(waiting) > ahead:
+                    first, future = waiting.pop(0)
+                    yield first, future.result()
+            for first, future in waiting:
+                yield first, future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _read_pair(pair: Pair) -> tuple[Tensor | None, Tensor | None]:
+    return (
+        pair.reference() if pair.reference else None,
+        pair.generated() if pair.generated else None,
+    )
+
+
+def extractor_key(metric: SetMetric | ClipMetric) -> str:
+    """An extractor's identity as one string: what shares features, and the first part of a cache key."""
+    return record.digest(metric.extractor.identity, 32)
+
+
+def extract(pairs: Iterable[Pair], metrics: Metrics, cache: FeatureCache | None) -> Iterator[Extracted]:
+    """One pass; yields after each pair what it gave (merge them)."""
+    by_extractor = {extractor_key(metric): metric for metric in metrics.sets.values()}
+    for pair, got in read_ahead(_read_pair, pairs):
+        out = Extracted()
+        if isinstance(got, UserError):
+            out.failures.append(record.Failure(id=pair.id, reason=str(got)))
+            yield out
+            continue
+        reference, generated = got
+        hashes = [pixels_sha256(clip) if clip is not None else "" for clip in (reference, generated)]
+        try:
+            for key, metric in by_extractor.items():
+                for clip, pixels, side in (
+                    (reference, hashes[0], out.reference),
+                    (generated, hashes[1], out.generated),
+                ):
+                    if clip is not None:
+                        side[key] = {pair.id: _features(metric, clip, f"{key}-{pixels}", cache)}
+            image = reference[pair.condition_frame] if reference is not None else None
+            for name, metric in metrics.clips.items():
+                if generated is not None:
+                    value = _values(metric, generated, image, pair.prompt, hashes[1], cache)
+                    out.values[name] = {pair.id: value}
+                if reference is not None and "reference" in metric.card.needs:
+                    value = _values(metric, reference, image, pair.prompt, hashes[0], cache)
+                    out.reference_values[name] = {pair.id: value}
+        except UserError as error:
+            raise UserError(f"clip {pair.id}: {error}") from error
+        if pair.group:
+            out.groups[pair.id] = pair.group
+        yield out
+
+
+def _features(metric: SetMetric, clip: Tensor, key: str, cache: FeatureCache | None) -> Tensor:
+    found = cache.get(key) if cache else None
+    if found is not None:
+        return found["features"]
+    features = metric.extract([clip])[0]
+    if not bool(torch.isfinite(features).all()):
+        raise UserError(f"{metric.extractor.identity['name']} gives NaN or infinity for it")
+    if cache:
+        cache.put(key, {"features": features})
+    return features
+
+
+def _values(
+    metric: ClipMetric, clip: Tensor, image: Tensor | None, prompt: str | None, pixels: str, cache: FeatureCache | None
+) -> dict[str, Any]:
+    needs = metric.card.needs
+    if "image" in needs and image is None:
+        raise VideoError(f"{metric.card.name} needs the input image, and no reference clip is paired with this one")
+    parts = [extractor_key(metric), metric.card.name, pixels]
+    parts += [pixels_sha256(image[None])] if "image" in needs and image is not None else []
+    parts += [prompt or ""] if "prompt" in needs else []
+    key = f"value-{record.digest(parts, 48)}"
+    found = cache.get_json(key) if cache else None
+    if found is None:
+        images = [image] if image is not None else None
+        found = metric.extract([clip], images, [prompt] if prompt is not None else None)[0]
+        if cache:
+            cache.put_json(key, found)
+    return found
+
+
+def score(
+    extracted: Extracted, metrics: Metrics, fingerprint: str, order: Sequence[str], paired: bool = True
+) -> dict[str, record.Score]:
+    """One score a metric, from the features of one pass, in the manifest's order.
+
+    `paired`: only clips with both sides count, so that a lost reference takes its generated clip with it.
+    """
+    failed = {failure.id for failure in extracted.failures}
+    kept = [clip_id for clip_id in order if not (paired and clip_id in failed)]
+    scores: dict[str, record.Score] = {}
+    for card in metrics.cards:
+        common: dict[str, Any] = {"higher_is_better": card.higher_is_better, "fingerprint": fingerprint}
+        if card.name in metrics.missing:
+            scores[card.name] = record.Score(value=None, reason=metrics.missing[card.name], **common)
+            continue
+        metric = metrics.sets.get(card.name) or metrics.clips[card.name]
+        common["extractor"] = metric.extractor.identity
+        try:
+            result = _score_one(card, metrics, extracted, kept)
+        except UserError as error:
+            scores[card.name] = record.Score(value=None, reason=str(error), **common)
+            continue
+        scores[card.name] = record.Score(
+            value=result.value,
+            ci95=result.ci95,
+            ci_method=result.ci_method,
+            n_reference=result.n_reference,
+            n_generated=result.n_generated,
+            warnings=list(result.warnings),
+            details=result.details,
+            **common,
+        )
+    return scores
+
+
+def _score_one(card: MetricCard, metrics: Metrics, extracted: Extracted, kept: Sequence[str]) -> Any:
+    if card.name in metrics.sets:
+        metric = metrics.sets[card.name]
+        key = extractor_key(metric)
+        real = [extracted.reference.get(key, {})[i] for i in kept if i in extracted.reference.get(key, {})]
+        made = [i for i in kept if i in extracted.generated.get(key, {})]
+        if not real or not made:
+            raise UserError(f"{len(real)} reference and {len(made)} generated clips: nothing to compare")
+        groups = [extracted.groups.get(i, i) for i in made]
+        return metric.score(torch.stack(real), torch.stack([extracted.generated[key][i] for i in made]), groups)
+    metric = metrics.clips[card.name]
+    table = extracted.values.get(card.name, {})
+    made = [i for i in kept if i in table]
+    if not made:
+        raise UserError("no generated clip could be scored")
+    result = metric.score([table[i] for i in made], [extracted.groups.get(i, i) for i in made])
+    real_table = extracted.reference_values.get(card.name)
+    if real_table:
+        of_real = metric.score([real_table[i] for i in kept if i in real_table], None)
+        result.details["reference_value"] = of_real.value
+    return result
+
+
+def per_clip_rows(extracted: Extracted, order: Sequence[str]) -> list[dict[str, Any]]:
+    """Lines of per_clip.jsonl: each clip's values under every per-clip metric."""
+    rows = []
+    for clip_id in order:
+        values = {name: table[clip_id] for name, table in extracted.values.items() if clip_id in table}
+        of_real = {name: table[clip_id] for name, table in extracted.reference_values.items() if clip_id in table}
+        row: dict[str, Any] = {"id": clip_id, **values}
+        rows.append(row | ({"reference": of_real} if of_real else {}))
+    return rows
