@@ -5,12 +5,16 @@ groups `dcbench.models`, `dcbench.datasets` and `dcbench.metrics` (an object tha
 No torch here: `dcbench list` reads every card in a few milliseconds.
 """
 
+import hashlib
 import importlib
 import importlib.metadata
+import importlib.util
+import sys
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -200,7 +204,35 @@ def _find(kind: Kind, name: str) -> Any:
 
 
 def find_model(name: str) -> ModelCard:
+    """A card by name, alias or path; a folder of clips, or `file.py:Class`, gives a card of its own."""
+    path, _, attribute = name.rpartition(":")
+    if path.endswith(".py"):
+        return _own_model(Path(path).expanduser(), attribute)
+    if Path(name).expanduser().is_dir() and name not in cards("models"):
+        folder = Path(name).expanduser()
+        card: ModelCard = _find("models", "videos")
+        options = card.options | {"folder": str(folder.resolve())}
+        return card.model_copy(update={"name": slug(folder.resolve().name), "title": folder.name, "options": options})
     return _find("models", name)
+
+
+def _own_model(path: Path, attribute: str) -> ModelCard:
+    """A card for a class in the user's own file; the file's hash is in it, so a changed model is another run."""
+    if not path.is_file():
+        raise UserError(f"--model {path}:{attribute}: there is no such file")
+    return ModelCard(
+        name=slug(attribute),
+        title=attribute,
+        summary=f"{attribute} in {path.name}",
+        entry_point=f"{path.resolve()}:{attribute}",
+        options={"source_sha256": hashlib.sha256(path.read_bytes()).hexdigest()},
+    )
+
+
+def slug(text: str) -> str:
+    """A name that a card, a file and a URL can carry."""
+    kept = "".join(char if char.isascii() and (char.isalnum() or char in "._-") else "-" for char in text.lower())
+    return kept.strip("._-") or "model"
 
 
 def find_dataset(name: str) -> DatasetCard:
@@ -224,11 +256,23 @@ def load_entry_point(card: Card) -> Callable[..., Any]:
     """Import what `card.entry_point` names."""
     if not card.available:
         raise UserError(f"{card.name} is not available: {card.unavailable or 'its card names no entry_point'}")
-    module, _, attribute = card.entry_point.partition(":")
+    module, _, attribute = card.entry_point.rpartition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+        return getattr(
+            _import_file(Path(module)) if module.endswith(".py") else importlib.import_module(module), attribute
+        )
+    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
         raise UserError(f'{card.name}: entry_point "{card.entry_point}" cannot be loaded: {error}') from error
+
+
+def _import_file(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses and pickles look their module up there
+    spec.loader.exec_module(module)
+    return module
 
 
 def with_overrides(card: CardT, settings: list[str]) -> CardT:

@@ -22,10 +22,9 @@ from torch import Tensor
 
 import dcbench
 from dcbench import record, scoring, video
-from dcbench.catalogue import DatasetCard, ModelCard, load_entry_point
+from dcbench.catalogue import DatasetCard, ModelCard, load_entry_point, validate
 from dcbench.clips import resize
-from dcbench.datasets import find_root
-from dcbench.datasets.base import Dataset, Item
+from dcbench.datasets.base import Dataset, Item, find_root
 from dcbench.errors import UserError, near_match
 from dcbench.metrics.cache import FeatureCache
 from dcbench.models.base import ImageToVideo, Request, Runtime, check_generated
@@ -143,13 +142,7 @@ def plan(
         raise UserError(f"--limit {limit}: it must be at least 1")
     resolved = protocol.resolved(dataset.name)
     root = find_root(dataset, data)
-    source = load_dataset(dataset, root, resolved)
-    if resolved.split not in source.splits():
-        raise UserError(
-            f'{dataset.name} has no split "{resolved.split}".{near_match(resolved.split, source.splits())} '
-            f"It has: {', '.join(source.splits())}."
-        )
-    items = {item.id: _with_decoder(item, resolved) for item in source.items(resolved.split)}
+    items = load_items(dataset, root, resolved)
     request = {
         "model": model.model_dump(mode="json", exclude={"title", "summary", "published", "aliases"}),
         "dataset": dataset.model_dump(mode="json", include={"name", "options"}),
@@ -193,14 +186,24 @@ def plan(
     return Job(directory, made, chosen, model, resolved, items)
 
 
-def load_dataset(card: DatasetCard, root: Path | None, protocol: Protocol) -> Dataset:
+def load_items(card: DatasetCard, root: Path | None, protocol: Protocol) -> dict[str, Item]:
+    """The dataset's videos of the protocol's split, by id."""
     unknown = set(protocol.dataset_options) - set(card.options)
     if unknown:
         raise UserError(
             f"protocol {protocol.name} sets {', '.join(sorted(unknown))} for {card.name}, "
             f"whose card knows {', '.join(card.options) or 'no options'}"
         )
-    return load_entry_point(card)(card, root, {**card.options, **protocol.dataset_options})
+    source: Dataset = load_entry_point(card)(card, root, {**card.options, **protocol.dataset_options})
+    if protocol.split not in source.splits():
+        raise UserError(
+            f'{card.name} has no split "{protocol.split}".{near_match(protocol.split, source.splits())} '
+            f"It has: {', '.join(source.splits())}."
+        )
+    items = source.items(protocol.split)
+    if not items:
+        raise UserError(f"{card.name}: split {protocol.split!r} of {root} holds no video")
+    return {item.id: _with_decoder(item, protocol) for item in items}
 
 
 def _with_decoder(item: Item, protocol: Protocol) -> Item:
@@ -392,6 +395,29 @@ def generated_clip(job: Job, entry: ManifestItem, row: dict[str, Any]) -> Tensor
             f"{path} is not the clip that was made (its pixels changed). Remove it and run the same command again"
         )
     return to_protocol_size(clip, job.protocol)
+
+
+def check_metrics(names: Sequence[str] | None) -> None:
+    """Fail on an unknown metric before the first clip is made."""
+    scoring.choose_metrics(names)
+
+
+def reopen(path: Path, data: Path | None = None) -> Job:
+    """The job of a run directory, to score it again."""
+    join_ranks()
+    made = record.read_plan(path)
+    dataset: DatasetCard = validate(made.dataset, DatasetCard, f"{path}/plan.json, dataset")
+    model: ModelCard = validate(made.model, ModelCard, f"{path}/plan.json, model")
+    protocol: Protocol = validate(made.protocol, Protocol, f"{path}/plan.json, protocol")
+    root = find_root(dataset, data or _remembered_root(path))
+    items = load_items(dataset, root, protocol)
+    return Job(RunDirectory(path), made, record.read_manifest(path / "manifest.jsonl"), model, protocol, items)
+
+
+def _remembered_root(path: Path) -> Path | None:
+    rows = record.read_jsonl(path / "request.json") if (path / "request.json").is_file() else []
+    root = rows[0].get("root") if rows else None
+    return Path(root) if root and Path(root).is_dir() else None
 
 
 def score(job: Job, options: Options, metrics: Sequence[str] | None = None) -> Record:

@@ -1,11 +1,15 @@
 """What a dataset yields; the protocol chooses videos, frames and captions from it."""
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
+from dcbench.catalogue import DatasetCard
+from dcbench.errors import UserError
 from dcbench.video import Video, VideoError, VideoInfo
 
-__all__ = ["Dataset", "Item", "Video", "VideoError", "VideoInfo"]
+__all__ = ["Dataset", "Item", "Video", "VideoError", "VideoInfo", "find_root"]
 
 
 @dataclass(frozen=True)
@@ -27,3 +31,21 @@ class Dataset(Protocol):
     def items(self, split: str) -> list[Item]: ...
 
     def splits(self) -> tuple[str, ...]: ...
+
+
+def find_root(card: DatasetCard, data: Path | None) -> Path | None:
+    """Where a dataset's files lie: `data`, or $DCBENCH_DATA/<name>; None for a dataset that needs no files."""
+    if not card.needs_files:
+        return None
+    base = os.environ.get("DCBENCH_DATA")
+    root = data.expanduser() if data else Path(base).expanduser() / card.name if base else None
+    if root is not None and root.is_dir():
+        return root
+    looked = f"{root} does not exist" if root else "neither --data nor DCBENCH_DATA is given"
+    raise UserError(
+        f"{card.title} is not here: {looked}.\n"
+        f"  Get it from {card.url or 'your own disk'} ({card.size or 'size unknown'}, {card.licence or 'your licence'})"
+        f" and give --data DIR, or put it at $DCBENCH_DATA/{card.name}.\n"
+        f"  Expected below that folder:\n    " + "\n    ".join(card.layout.strip().splitlines()) + "\n"
+        "  Without it, this works now: --dataset shapes"
+    )
