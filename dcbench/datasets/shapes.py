@@ -2,7 +2,7 @@
 
 Made so that each condition of an image-to-video model carries what the others do not: the caption alone tells the
 motion (the first frame lies in the middle whatever the motion is), the image alone tells position and exact shades,
-and the frame stride alone tells the speed. A video is a function of (version, split, index); nothing is stored.
+and the frame stride alone tells the speed. A video is a function of (version, seed, split, index); nothing is stored.
 """
 
 import math
@@ -83,9 +83,9 @@ class Scene:
         return x, y, SIZES[self.size] * torch.exp(growth * GROWTH * seconds)
 
 
-def scene(split: str, index: int) -> Scene:
-    """The scene of one video; train and test have separate seeds."""
-    rng = np.random.default_rng([VERSION, ("train", "test").index(split), index])
+def scene(split: str, index: int, seed: int = 0) -> Scene:
+    """The scene of one video; train and test have separate streams of random numbers."""
+    rng = np.random.default_rng([VERSION, seed, ("train", "test").index(split), index])
 
     def pick(names: Sequence[str]) -> str:
         return names[int(rng.integers(len(names)))]
@@ -159,6 +159,7 @@ class ShapesVideo:
 class Shapes:
     """The dataset. The first n videos of a split are the same whatever its size is."""
 
+    seed: int = 0
     size: int = 64
     frames: int = 48
     fps: float = 25.0
@@ -166,7 +167,7 @@ class Shapes:
     test_videos: int = 2048
 
     def __post_init__(self) -> None:
-        for name, lowest in (("size", 16), ("frames", 1), ("fps", 1), ("train_videos", 0), ("test_videos", 0)):
+        for name, lowest in (("seed", 0), ("size", 16), ("frames", 1), ("fps", 1), ("train_videos", 0), ("test_videos", 0)):
             if getattr(self, name) < lowest:
                 raise UserError(f"shapes: {name} = {getattr(self, name)}, expected at least {lowest}")
 
@@ -179,7 +180,7 @@ class Shapes:
         return [self.item(split, i) for i in range(self.train_videos if split == "train" else self.test_videos)]
 
     def item(self, split: str, index: int) -> Item:
-        made = scene(split, index)
+        made = scene(split, index, self.seed)
         video = ShapesVideo(made, self.frames, self.fps, self.size)
         name = f"{index:06d}"
         return Item(f"{split}-{name}", video, f"{split}/{name}", made.captions(), split, label=made.motion)
