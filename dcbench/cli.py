@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. Rooms are imported inside the commands, so that `--help` never imports torch."""
+"""The command line: parse, call, print. Rooms are imported inside commands: `--help` never imports torch."""
 
 import json
 import os
@@ -178,10 +178,12 @@ def score(
         return
     if reference is None:
         raise UserError(
-            f"{generated} is no run directory (it has no plan.json). To score a folder of videos give --reference FOLDER, "
-            f"or compare with a dataset: dcbench run --model {generated} --dataset ucf101"
+            f"{generated} is no run directory (it has no plan.json). To score a folder of videos give --reference "
+            f"FOLDER, or compare with a dataset: dcbench run --model {generated} --dataset ucf101"
         )
-    directory = runner.score_folders(generated, reference, protocol, options, _names(metrics), out)
+    from dcbench.folders import score_folders
+
+    directory = score_folders(generated, reference, protocol, options, _names(metrics), out)
     _report([directory], directory / "report")
 
 
@@ -210,9 +212,7 @@ def _report(runs: list[Path], to: Path) -> None:
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run directories, or record.json files.")],
-    out: Annotated[Path, typer.Option("--out", help="Where tables, figures and the gallery go.")] = Path(
-        "reports/latest"
-    ),
+    out: Annotated[Path, typer.Option("--out", help="Where tables and figures go.")] = Path("reports/latest"),
     compare: Annotated[bool, typer.Option("--compare", help="Test two runs on one manifest, clip by clip.")] = False,
 ) -> None:
     """Merge runs into one table (Markdown, LaTeX, CSV, HTML) beside the published numbers."""

@@ -47,6 +47,7 @@ class Extracted:
     values: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)  # metric -> clip id -> values
     reference_values: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     groups: dict[str, str] = field(default_factory=dict)
+    pixels: dict[str, list[str]] = field(default_factory=dict)  # clip id -> hashes of [reference, generated]
     failures: list[record.Failure] = field(default_factory=list)
 
     def merge(self, other: "Extracted") -> None:
@@ -55,6 +56,7 @@ class Extracted:
             for key, table in getattr(other, name).items():
                 mine.setdefault(key, {}).update(table)
         self.groups.update(other.groups)
+        self.pixels.update(other.pixels)
         self.failures.extend(other.failures)
 
 
@@ -161,6 +163,7 @@ def extract(pairs: Iterable[Pair], metrics: Metrics, cache: FeatureCache | None)
                     out.reference_values[name] = {pair.id: value}
         except UserError as error:
             raise UserError(f"clip {pair.id}: {error}") from error
+        out.pixels[pair.id] = hashes
         if pair.group:
             out.groups[pair.id] = pair.group
         yield out
