@@ -2,8 +2,8 @@
 
 Reading happens in worker processes (`video_worker.py`): decord 0.6 can hang for ever holding the interpreter lock, and
 a damaged file can crash a decoder. "auto" reads a file by decord where decord agrees with a full decode about the
-number of frames, and by PyAV elsewhere (decord repeats the last frame of some DivX files); both give the same pixels,
-but for a rounding of one or two levels in few of them.
+number of frames, and by PyAV elsewhere (decord repeats the last frame of some DivX files, and passes over the checksums
+of FFV1); both give the same pixels, but for a rounding of one or two levels in few of them.
 A file of variable frame rate is read frame by frame: `fps` is its average rate, and indices count frames, not time.
 """
 
@@ -47,7 +47,7 @@ class VideoError(UserError):
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video holds. `num_frames` counts frames that really decode, not what the header claims."""
+    """What a video holds. `num_frames` counts frames that really decode, up to any damage; not the header's claim."""
 
     num_frames: int
     fps: float
@@ -69,14 +69,14 @@ class Video(Protocol):
 class Facts(NamedTuple):
     """What decoding a whole file found."""
 
-    frames: int  # that decode
+    frames: int  # that decode before the first damage
     declared: int  # by the header; 0: it says nothing
     fps: float
     height: int
     width: int
     codec: str
     rotated: bool  # the file asks the player to turn it
-    damage: list[str]  # what did not decode
+    damage: list[str]  # what did not decode; the first few
     hash: str  # of all pixels, where asked for
     decord_frames: int | None  # None: decord cannot open the file, or is not installed
 
@@ -250,7 +250,7 @@ def probe(path: Path, decoder: Decoder = "auto") -> VideoInfo:
     facts = examine(path)
     if facts.fps <= 0:
         raise VideoError(f"{path}: the file states no frame rate")
-    agrees = facts.decord_frames == facts.frames and not facts.rotated
+    agrees = facts.decord_frames == facts.frames and not facts.rotated and not facts.damage and facts.codec != "ffv1"
     chosen = ("decord" if agrees else "pyav") if decoder == "auto" else decoder
     return VideoInfo(facts.frames, facts.fps, facts.height, facts.width, chosen)
 
@@ -411,7 +411,11 @@ def _even(clip: Tensor) -> Tensor:
 def write_mp4(path: Path, clip: Tensor, fps: float, crf: int = 18) -> None:
     """H.264 that every browser plays."""
     clip = _even(check_clip(clip, str(path)))
-    _encode(path, clip, fps, "mp4", "libx264", "yuv420p", {"crf": str(crf)}, {"movflags": "+faststart"})
+    options = {
+        "crf": str(crf),
+        "x264-params": "mbtree=0",
+    }  # mbtree reads memory that nobody wrote: other bytes each time
+    _encode(path, clip, fps, "mp4", "libx264", "yuv420p", options, {"movflags": "+faststart"})
 
 
 def write_webm(path: Path, clip: Tensor, fps: float, crf: int = 24) -> None:

@@ -24,25 +24,39 @@ def open_pyav(path: str) -> Any:
         raise ValueError("the file holds no video stream")
     stream = container.streams.video[0]
     stream.codec_context.thread_count = 1  # one process a core; frame threads would also delay errors
+    if stream.codec_context.name == "ffv1":  # its slices carry checksums; FFmpeg would only log that one is wrong
+        stream.codec_context.options = {"err_detect": "crccheck+explode"}
     return container
 
 
 def decoded(container: Any, damage: list[str]) -> Any:
-    """Every frame that decodes, in display order; what does not is noted in `damage` and passed over."""
+    """Frames in display order, up to the first damage: beyond it, an index no longer tells which frame it is.
+
+    What does not decode before the first whole frame is passed over. `damage` collects the reasons.
+    """
     from av.error import FFmpegError
 
-    stream = container.streams.video[0]
-    try:
-        for packet in container.demux(stream):
-            try:
-                for frame in packet.decode():
-                    if frame.is_corrupt:
-                        damage.append(f"the frame at {frame.time} s is marked as corrupt")
-                    yield frame
-            except FFmpegError as error:
-                damage.append(str(error))
-    except FFmpegError as error:  # the container itself ends or breaks early
-        damage.append(str(error))
+    stream, count = container.streams.video[0], 0
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets)
+            frames = packet.decode()
+        except StopIteration:
+            return
+        except FFmpegError as error:
+            damage.append(f"after {count} frames: {error.strerror}")
+            if count or isinstance(error, EOFError) or len(damage) > 100:
+                return
+            continue
+        for frame in frames:
+            if not frame.is_corrupt:
+                yield frame
+                count += 1
+                continue
+            damage.append(f"after {count} frames: a damaged frame")
+            if count:
+                return
 
 
 def examine(path: str, with_decord: bool, with_hash: bool) -> tuple[dict[str, Any], bytes]:
@@ -100,7 +114,8 @@ def read_pyav(path: str, indices: list[int]) -> np.ndarray:
     wanted, last = set(indices), max(indices)
     frames: dict[int, np.ndarray] = {}
     with contextlib.closing(open_pyav(path)) as container:
-        for index, frame in enumerate(decoded(container, [])):
+        damage: list[str] = []
+        for index, frame in enumerate(decoded(container, damage)):
             if index in wanted:
                 pixels = frame.to_ndarray(format="rgb24")
                 frames[index] = np.rot90(pixels, round(frame.rotation / 90)) if frame.rotation else pixels
@@ -108,7 +123,7 @@ def read_pyav(path: str, indices: list[int]) -> np.ndarray:
                 break
     missing = sorted(wanted - frames.keys())
     if missing:
-        raise ValueError(f"frame {missing[0]} does not decode")
+        raise ValueError(f"frame {missing[0]} does not decode ({damage[0] if damage else 'the video ends before'})")
     return np.stack([frames[index] for index in indices])
 
 
