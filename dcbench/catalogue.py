@@ -108,7 +108,7 @@ class MetricCard(Card):
     """A metric. `entry_point(card, runtime)` builds it; see metrics/base.py."""
 
     kind: Literal["set", "per_clip"]
-    higher_is_better: bool | None  # None: neither; a value to read beside others
+    higher_is_better: bool | None = None  # None (TOML: left out): neither; a value to read beside others
     extractor: str = ""
     needs: tuple[Literal["image", "prompt", "reference"], ...] = ()
     default: bool = True  # part of a run that names no metrics

@@ -7,8 +7,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from scipy.special import stdtrit
+from scipy.stats import bootstrap
 from torch import Tensor
 
 from dcbench.errors import UserError
@@ -284,3 +286,44 @@ def manifold_metrics(real: Tensor, generated: Tensor, neighbours: int = 5) -> Ma
         density=float(in_real.double().sum(0).mean() / neighbours),
         coverage=float(in_real.any(1).double().mean()),
     )
+
+
+# Means over clips -------------------------------------------------------------------------------------------------
+
+
+def mean_interval(
+    values: Sequence[float], groups: Sequence[str] | None = None, level: float = 0.95, seed: int = 0
+) -> tuple[float, float] | None:
+    """Interval of the mean of per-clip values: bias-corrected and accelerated bootstrap (BCa) over source videos.
+
+    Clips of one group are drawn together. None with fewer than three groups; a single point when all values agree.
+    """
+    sums, sizes = group_sums(values, groups)
+    if len(sums) < 3:
+        return None
+    means = sums / sizes
+    if float(means.max() - means.min()) == 0:
+        return float(means[0]), float(means[0])
+    result = bootstrap(
+        (sums, sizes),
+        lambda total, size, axis: total.sum(axis) / size.sum(axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=4000,
+        batch=500,
+        confidence_level=level,
+        method="BCa",
+        rng=np.random.default_rng(seed),
+    )
+    low, high = result.confidence_interval
+    return float(low), float(high)
+
+
+def group_sums(values: Sequence[float], groups: Sequence[str] | None) -> tuple[np.ndarray, np.ndarray]:
+    """Sum and number of the values of each group, in the order of first appearance."""
+    if groups is not None and len(groups) != len(values):
+        raise ValueError(f"{len(groups)} groups for {len(values)} values")
+    table: dict[str, list[float]] = {}
+    for index, value in enumerate(values):
+        table.setdefault(groups[index] if groups is not None else str(index), []).append(value)
+    return np.array([sum(part) for part in table.values()]), np.array([len(part) for part in table.values()])

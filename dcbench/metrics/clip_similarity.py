@@ -1,0 +1,142 @@
+"""CLIP-similarity by open_clip: cosines (not x100, not clamped) of frames with the prompt, each other, the image.
+
+clip_text: mean over frames of cos(prompt, frame). clip_frames: mean of cos(frame i, frame i + 1), which a still picture
+maximises. clip_image: mean of cos(input image, frame). One encoder serves all three, and each frame is encoded once.
+"""
+
+import warnings
+from collections.abc import Sequence
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dcbench.catalogue import MetricCard
+from dcbench.errors import UserError, near_match
+from dcbench.metrics.base import FeatureExtractor
+from dcbench.metrics.i3d import is_torchscript, tensors_sha256
+from dcbench.metrics.per_clip import PerClipMetric, RememberedFrames, check_inputs, cosine, to_pil
+from dcbench.weights import fetch, load_tensors
+
+Kind = Literal["text", "frames", "image"]
+
+
+def load_clip(path: Path) -> dict[str, Tensor]:
+    """A CLIP state dict from safetensors, a PyTorch checkpoint, or OpenAI's TorchScript archives; float32."""
+    if is_torchscript(path):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.jit is deprecated; OpenAI's files come in no other form
+            state = torch.jit.load(path, map_location="cpu").state_dict()
+        state = {k: v for k, v in state.items() if k not in ("input_resolution", "context_length", "vocab_size")}
+    else:
+        state = load_tensors(path)
+    return {name.removeprefix("module."): value.float() for name, value in state.items()}
+
+
+class CLIPEncoder(FeatureExtractor):
+    """An open_clip model with weights from a file. `model` is one of open_clip's names, or a JSON of that form.
+
+    OpenAI's weights need the activation QuickGELU: `ViT-B-32-quickgelu`, not `ViT-B-32`. The activation that the
+    network really has stands in the encoder's name.
+    """
+
+    def __init__(self, model: str, path: Path, device: str = "cpu") -> None:
+        super().__init__()
+        import open_clip
+
+        if model.endswith(".json"):
+            config = Path(model).expanduser()
+            if not config.is_file():
+                raise UserError(f"no such open_clip model description: {config}")
+            open_clip.add_model_config(config)
+            model = config.stem
+        if model not in open_clip.list_models():
+            hint = near_match(model, open_clip.list_models())
+            raise UserError(f'open_clip knows no model "{model}".{hint} A path of a JSON description works too.')
+        described = open_clip.get_model_config(model) or {}
+        quick = bool(described.get("quick_gelu", False))
+        if is_torchscript(path) and not quick:
+            raise UserError(
+                f'{path} is one of OpenAI\'s archives, whose network uses QuickGELU; "{model}" builds GELU, '
+                f"which gives other numbers silently. Set options.model = {model}-quickgelu"
+            )
+        self.network: Any = open_clip.create_model(model, pretrained=None, pretrained_text=False, device="cpu").eval()
+        state = load_clip(path)
+        try:
+            self.network.load_state_dict(state, strict=True)
+        except RuntimeError as error:
+            raise UserError(f"{path} does not fit {model}: {str(error).splitlines()[1].strip()[:200]}") from error
+        self.network.to(device).requires_grad_(False)
+        self.tokenizer = open_clip.get_tokenizer(model)
+        size = described.get("vision_cfg", {}).get("image_size", 224)
+        self.transform: Any = open_clip.image_transform(size, is_train=False)
+        self.name = f"open_clip {model} ({'QuickGELU' if quick else 'GELU'})"
+        self.preprocessing = f"PIL bicubic short side to {size}, centre crop, OpenAI mean and std"
+        self.weights_sha256 = tensors_sha256(state)
+        self.num_features = int(described.get("embed_dim", 0))
+        self.device = device
+        self.remembered = RememberedFrames(self.embed)
+        self._texts: dict[str, Tensor] = {}
+
+    @torch.inference_mode()
+    def embed(self, frames: Sequence[Tensor]) -> Tensor:
+        """uint8 [3 h w] each -> float32 [n d]"""
+        pixels = torch.stack([self.transform(to_pil(frame)) for frame in frames])
+        return self.network.encode_image(pixels.to(self.device))
+
+    @torch.inference_mode()
+    def embed_text(self, prompt: str) -> Tensor:
+        """-> float64 [d]"""
+        if prompt not in self._texts:
+            self._texts[prompt] = self.network.encode_text(self.tokenizer([prompt]).to(self.device))[0].double().cpu()
+        return self._texts[prompt]
+
+
+class ClipSimilarity(PerClipMetric):
+    """One of the three similarities; values are cosines in [-1, 1], printed in papers as 0.2 to 0.3 for text."""
+
+    def __init__(self, card: MetricCard, extractor: CLIPEncoder, kind: Kind) -> None:
+        super().__init__(card)
+        self.extractor, self.kind = extractor, kind
+
+    def extract(
+        self, clips: Sequence[Tensor], images: Sequence[Tensor] | None = None, prompts: Sequence[str] | None = None
+    ) -> list[dict[str, Any]]:
+        """-> {"value", "per_frame"} a clip; for "frames" the list holds the t - 1 consecutive pairs."""
+        check_inputs(self.card.name, clips, images, prompts, self.needs)
+        rows = []
+        for index, clip in enumerate(clips):
+            frames = self.extractor.remembered(list(clip))
+            if self.kind == "text":
+                per_frame = cosine(self.extractor.embed_text((prompts or ())[index])[None], frames)
+            elif self.kind == "image":
+                per_frame = cosine(self.extractor.remembered([(images or ())[index]]), frames)
+            elif len(clip) < 2:
+                raise UserError("clip_frames compares consecutive frames: a clip needs at least 2")
+            else:
+                per_frame = cosine(frames[:-1], frames[1:])
+            rows.append({"value": float(per_frame.mean()), "per_frame": per_frame.tolist()})
+        return rows
+
+    @cached_property
+    def needs(self) -> tuple[str, ...]:
+        return {"text": ("prompt",), "image": ("image",), "frames": ()}[self.kind]
+
+
+@cache
+def _shared(model: str, path: Path, device: str) -> CLIPEncoder:
+    return CLIPEncoder(model, path, device)
+
+
+def build(card: MetricCard, runtime: Any) -> ClipSimilarity:
+    """Entry point of the three cards; options: kind, model, checkpoint (a file; "" = the card's weights)."""
+    kind = card.options.get("kind")
+    if kind not in ("text", "frames", "image"):
+        raise UserError(f'{card.name}: options.kind is "{kind}"; allowed: text, frames, image')
+    given = card.options.get("checkpoint", "")
+    path = Path(given).expanduser() if given else fetch(card.weights[0], runtime.offline)
+    if not path.is_file():
+        raise UserError(f"{card.name}: no such checkpoint: {path}")
+    return ClipSimilarity(card, _shared(card.options.get("model", "ViT-B-32-quickgelu"), path, runtime.device), kind)

@@ -1,0 +1,129 @@
+"""Motion and its quality, by dense optical flow: so that a still picture, which other metrics love, cannot win.
+
+motion: mean length of the flow between consecutive frames, in pixels of a frame whose short side is 256 (dynamic
+degree). It is per frame step, not per second: compare clips of one protocol, whose frames lie equally far apart.
+warp_error: mean squared difference of a frame and its successor moved back along the flow, where nothing is hidden
+(Lai et al., ECCV 2018); beside it `flicker`, the plain mean absolute difference of consecutive frames (VBench).
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from dcbench.catalogue import MetricCard
+from dcbench.errors import UserError
+from dcbench.metrics.per_clip import PerClipMetric, check_inputs
+
+SHORT_SIDE = 256
+Array = np.ndarray
+Kind = Literal["motion", "warp_error"]
+
+
+class OpticalFlow:
+    """OpenCV's DIS flow (Kroeger et al., ECCV 2016), medium preset: deterministic, no weights."""
+
+    def __init__(self) -> None:
+        self._flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        return {
+            "name": "opencv DIS optical flow, medium",
+            "weights_sha256": "",
+            "preprocessing": f"area resize to a short side of {SHORT_SIDE}, grey; flow per frame step",
+        }
+
+    def __call__(self, first: Array, second: Array) -> Array:
+        """Grey uint8 [h w], [h w] -> float32 [h w 2]: where each pixel of the first lies in the second, x then y."""
+        return self._flow.calc(first, second, np.zeros((*first.shape, 2), np.float32))
+
+
+def prepare(clip: Tensor) -> list[Array]:
+    """uint8 [t 3 h w] -> RGB uint8 [h w 3] frames with a short side of 256."""
+    height, width = clip.shape[-2:]
+    scale = SHORT_SIDE / min(height, width)
+    size = (max(SHORT_SIDE, round(width * scale)), max(SHORT_SIDE, round(height * scale)))
+    how = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    frames = [np.ascontiguousarray(frame.permute(1, 2, 0).cpu().numpy()) for frame in clip]
+    return frames if (width, height) == size else [cv2.resize(frame, size, interpolation=how) for frame in frames]
+
+
+def warp_back(second: Array, flow: Array) -> Array:
+    """What `first` should look like: the second image read where the flow points."""
+    height, width = flow.shape[:2]
+    x, y = np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32))
+    return cv2.remap(
+        second, x + flow[..., 0], y + flow[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=0
+    )
+
+
+def visible(flow: Array, backward: Array) -> Array:
+    """Pixels that stay in the picture and are not hidden: forward and backward flow cancel (Ruder et al., eq. 5)."""
+    height, width = flow.shape[:2]
+    x, y = np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32))
+    to_x, to_y = x + flow[..., 0], y + flow[..., 1]
+    inside = (to_x >= 0) & (to_x <= width - 1) & (to_y >= 0) & (to_y <= height - 1)
+    returned = warp_back(backward, flow)
+    away = np.square(flow + returned).sum(-1)
+    return inside & (away <= 0.01 * (np.square(flow).sum(-1) + np.square(returned).sum(-1)) + 0.5)
+
+
+def measure_motion(clip: Tensor, flow: OpticalFlow) -> dict[str, Any]:
+    """uint8 [t 3 h w] -> {"value": mean px per step, "top5": mean of the fastest 5 % of pixels, "per_frame"}."""
+    grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in prepare(clip)]
+    lengths = [np.linalg.norm(flow(a, b), axis=-1) for a, b in pairwise(grey)]
+    per_frame = [float(length.mean()) for length in lengths]
+    fastest = [float(np.sort(length, axis=None)[-max(1, length.size // 20) :].mean()) for length in lengths]
+    return {"value": float(np.mean(per_frame)), "top5": float(np.mean(fastest)), "per_frame": per_frame}
+
+
+def measure_warp_error(clip: Tensor, flow: OpticalFlow) -> dict[str, Any]:
+    """uint8 [t 3 h w] -> {"value": mean squared error in [0, 1]², "flicker": mean |difference| in [0, 1], ...}."""
+    frames = prepare(clip)
+    grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames]
+    per_frame, flicker, seen = [], [], []
+    for index in range(len(frames) - 1):
+        forward, backward = flow(grey[index], grey[index + 1]), flow(grey[index + 1], grey[index])
+        shown = visible(forward, backward)
+        first, second = frames[index].astype(np.float32) / 255, frames[index + 1].astype(np.float32) / 255
+        error = np.square(warp_back(second, forward) - first).mean(-1)
+        per_frame.append(float(error[shown].mean()) if shown.any() else float(np.square(second - first).mean()))
+        flicker.append(float(np.abs(second - first).mean()))
+        seen.append(float(shown.mean()))
+    return {
+        "value": float(np.mean(per_frame)),
+        "flicker": float(np.mean(flicker)),
+        "visible": float(np.mean(seen)),
+        "per_frame": per_frame,
+    }
+
+
+class MotionMetric(PerClipMetric):
+    """Motion or warping error of each clip."""
+
+    def __init__(self, card: MetricCard, kind: Kind) -> None:
+        super().__init__(card)
+        self.extractor, self.kind = OpticalFlow(), kind
+
+    def extract(
+        self, clips: Sequence[Tensor], images: Sequence[Tensor] | None = None, prompts: Sequence[str] | None = None
+    ) -> list[dict[str, Any]]:
+        check_inputs(self.card.name, clips)
+        if any(len(clip) < 2 for clip in clips):
+            raise UserError(f"{self.card.name} compares consecutive frames: a clip needs at least 2")
+        measure = measure_motion if self.kind == "motion" else measure_warp_error
+        with torch.inference_mode():
+            return [measure(clip, self.extractor) for clip in clips]
+
+
+def build(card: MetricCard, runtime: Any) -> MotionMetric:
+    """Entry point of the cards `motion` and `warp_error`; options: kind."""
+    kind = card.options.get("kind")
+    if kind not in ("motion", "warp_error"):
+        raise UserError(f'{card.name}: options.kind is "{kind}"; allowed: motion, warp_error')
+    return MotionMetric(card, kind)
