@@ -6,14 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dcbench.errors import UserError
+
 ResizeMode = Literal["crop", "squash"]
+TemporalPolicy = Literal["first", "nearest_time"]
 Interpolation = Literal["bilinear", "bicubic", "nearest"]
 
 
 def check_clip(clip: Tensor, what: str = "clip") -> Tensor:
     """Return `clip` if it is uint8 [t, 3, h, w]; otherwise raise ValueError that names `what`."""
     if clip.dtype != torch.uint8 or clip.ndim != 4 or clip.shape[1] != 3 or 0 in clip.shape:
-        raise ValueError(
+        raise UserError(
             f"{what}: got {str(clip.dtype).removeprefix('torch.')} {list(clip.shape)}, expected uint8 [t, 3, h, w]. "
             "Convert floats with dcbench.clips.to_uint8; move colour to the second axis with permute."
         )
@@ -55,10 +58,30 @@ def resize(
     if mode == "crop":
         h, w, top, left = crop_window(clip.shape[-2], clip.shape[-1], height, width)
     elif mode != "squash":
-        raise ValueError(f"resize mode {mode!r}: expected 'crop' or 'squash'")
+        raise UserError(f"resize mode {mode!r}: expected 'crop' or 'squash'")
     if (h, w) != clip.shape[-2:]:
         smooth = interpolation != "nearest"
         options = {"align_corners": False, "antialias": antialias} if smooth else {}
         out = F.interpolate(clip.float(), (h, w), mode=interpolation, **options)
         clip = out.round_().clamp_(0, 255).to(torch.uint8) if clip.dtype == torch.uint8 else out.to(clip.dtype)
     return clip[..., top : top + height, left : left + width].contiguous()
+
+
+def choose_in_time(policy: TemporalPolicy, have: int, have_fps: float, want: int, want_fps: float) -> list[int]:
+    """Which of `have` frames at `have_fps` stand for `want` frames at `want_fps`.
+
+    "first": the first ones. "nearest_time": those nearest to k / want_fps seconds, so that both clips cover one span
+    of time. Raises UserError when there are too few frames.
+    """
+    if policy == "first":
+        indices = list(range(want))
+    elif policy == "nearest_time":
+        indices = [int(k * have_fps / want_fps + 0.5) for k in range(want)]
+    else:
+        raise UserError(f"temporal policy {policy!r}: expected 'first' or 'nearest_time'")
+    if indices[-1] >= have:
+        raise UserError(
+            f"{have} frames at {have_fps:g} fps do not hold {want} frames at {want_fps:g} fps under the temporal policy "
+            f"'{policy}'; {indices[-1] + 1} are needed"
+        )
+    return indices

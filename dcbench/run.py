@@ -27,7 +27,7 @@ from dcbench.clips import resize
 from dcbench.datasets.base import Dataset, Item, find_root
 from dcbench.errors import UserError, near_match
 from dcbench.metrics.cache import FeatureCache
-from dcbench.models.base import ImageToVideo, Request, Runtime, check_generated
+from dcbench.models.base import ChecksFirst, ImageToVideo, Request, Runtime, check_generated
 from dcbench.progress import track
 from dcbench.protocol import Protocol, fingerprint, plan_clips
 from dcbench.record import Cost, Excluded, Failure, ManifestItem, Plan, Record
@@ -317,6 +317,8 @@ def sample(job: Job, options: Options) -> None:
         if missing:
             _check_room(job, missing)
             model = load_entry_point(job.model)(job.model, options.runtime())
+            if isinstance(model, ChecksFirst):
+                model.check([entry.id for entry in missing])
             mine = missing[rank() :: world_size()]
             batches = [mine[i : i + options.batch_size] for i in range(0, len(mine), options.batch_size)]
             done = len(job.manifest) - len(missing)

@@ -50,6 +50,15 @@ class ImageToVideo(Protocol):
     def generate(self, requests: Sequence[Request]) -> list[Tensor]: ...
 
 
+@runtime_checkable
+class ChecksFirst(Protocol):
+    """A model that can tell, before the first clip, that some cannot be made."""
+
+    def check(self, clip_ids: Sequence[str]) -> None:
+        """Raise UserError when a clip cannot be made."""
+        ...
+
+
 def check_generated(clip: Tensor, request: Request, model: str) -> Tensor:
     """Return the clip if it is what the request asked for; otherwise say what is wrong with it."""
     if not isinstance(clip, Tensor):

@@ -1,0 +1,167 @@
+import random
+from collections import Counter
+from dataclasses import dataclass, replace
+
+import pytest
+
+from dcbench.errors import UserError
+from dcbench.protocol import Protocol, choose_frames, find_protocol, fingerprint, plan_clips, protocols
+
+
+@dataclass(frozen=True)
+class Video:
+    id: str
+    num_frames: int = 100
+    fps: float = 25.0
+    label: str | None = None
+    captions: tuple[str, ...] = ("one", "two", "three")
+    group: str | None = None
+
+    @property
+    def path(self) -> str:
+        return f"{self.id}.avi"
+
+
+def protocol(**changes) -> Protocol:
+    base = {"name": "p", "version": 1, "title": "P", "summary": "s", "split": "test", "num_clips": 20}
+    base |= {"num_frames": 16, "frame_stride": 3, "height": 8, "width": 8}
+    return Protocol.model_validate(base | changes)
+
+
+def plan(p, videos, seed=0, limit=None):
+    return plan_clips(p, videos, lambda video: video, seed, limit)
+
+
+VIDEOS = [Video(f"v{k:03d}", label=f"class{k // 40}") for k in range(200)]
+
+
+def test_named_protocols_say_what_they_pin():
+    assert {"dynamicrafter-paper", "consisti2v", "smoke"} <= set(protocols())
+    paper = find_protocol("dynamicrafter-paper").resolved("ucf101")
+    assert (paper.num_clips, paper.num_frames, paper.frame_stride) == (2048, 16, 3)
+    assert (paper.height, paper.width, paper.condition) == (256, 256, "first")
+    assert find_protocol("consisti2v").resolved("ucf101").selection == "by_class"
+    assert find_protocol("consisti2v").resolved("msrvtt").num_clips == 2990
+    with pytest.raises(UserError, match='Did you mean "smoke"'):
+        find_protocol("smok")
+
+
+def test_a_dataset_may_override_only_fields_that_exist():
+    with pytest.raises(UserError, match="hieght"):
+        protocol(datasets={"shapes": {"hieght": 3}}).resolved("shapes")
+
+
+def test_the_choice_does_not_depend_on_the_order_of_the_directory():
+    shuffled = VIDEOS.copy()
+    random.Random(1).shuffle(shuffled)
+    assert plan(protocol(), VIDEOS) == plan(protocol(), shuffled)
+
+
+def test_a_smaller_limit_is_a_subset_and_another_seed_another_choice():
+    whole = {item.id: item for item in plan(protocol(), VIDEOS)[0]}
+    part = plan(protocol(), VIDEOS, limit=5)[0]
+    assert len(part) == 5
+    assert all(whole[item.id] == item for item in part)
+    other = plan(protocol(selection_seed=1), VIDEOS)[0]
+    assert {item.id for item in other} != set(whole)
+
+
+def test_adding_videos_changes_few_choices():
+    """A video's place depends on its id alone: one more file in the folder moves one clip at most."""
+    before = {item.id for item in plan(protocol(), VIDEOS)[0]}
+    after = {item.id for item in plan(protocol(), [*VIDEOS, Video("w000")])[0]}
+    assert len(before - after) <= 1
+
+
+def test_the_sampling_seed_is_no_part_of_the_fingerprint_but_every_cause_of_different_numbers_is():
+    base = protocol()
+    manifest = plan(base, VIDEOS)[0]
+    print_of = fingerprint(base, "d", manifest)
+    assert print_of == fingerprint(base, "d", plan(base, VIDEOS, seed=7)[0])
+    assert plan(base, VIDEOS, seed=7)[0][0].seed != manifest[0].seed
+    changes = [
+        {"num_clips": 21}, {"selection": "first"}, {"selection_seed": 2}, {"num_frames": 15}, {"frame_stride": 2},
+        {"start": "first"}, {"short_videos": "shrink_stride"}, {"condition": "random"}, {"height": 16}, {"width": 16},
+        {"resize": "squash"}, {"interpolation": "bicubic"}, {"antialias": False}, {"caption": "random"},
+        {"decoder": "pyav"}, {"split": "train"}, {"version": 2},
+    ]  # fmt: skip
+    prints = [fingerprint(p := protocol(**change), "d", plan(p, VIDEOS)[0]) for change in changes]
+    assert len({print_of, fingerprint(base, "other", manifest), *prints}) == len(changes) + 2
+
+
+def test_trap_01_the_first_videos_in_sorted_order_are_not_taken():
+    labels = Counter(item.label for item in plan(protocol(num_clips=50), VIDEOS)[0])
+    assert len(labels) == 5
+    assert set(Counter(i.label for i in plan(protocol(num_clips=40, selection="first"), VIDEOS)[0])) == {"class0"}
+
+
+def test_by_class_follows_the_distribution_at_every_size():
+    uneven = [Video(f"a{k}", label="a") for k in range(150)] + [Video(f"b{k}", label="b") for k in range(50)]
+    for size in (20, 40, 100):
+        counts = Counter(item.label for item in plan(protocol(num_clips=size, selection="by_class"), uneven)[0])
+        assert abs(counts["a"] - 0.75 * size) <= 1
+
+
+def test_trap_02_the_stride_is_in_the_frames():
+    for item in plan(protocol(), VIDEOS)[0]:
+        assert {b - a for a, b in zip(item.frames, item.frames[1:], strict=False)} == {3}
+        assert item.frame_stride == 3
+
+
+def test_trap_03_sixteen_frames_are_sixteen_frames():
+    assert all(len(item.frames) == 16 and item.frames[-1] < 100 for item in plan(protocol(), VIDEOS)[0])
+
+
+def test_trap_08_the_frame_rate_of_a_clip_is_that_of_its_stride():
+    assert {item.fps for item in plan(protocol(), VIDEOS)[0]} == {25 / 3}
+
+
+def test_trap_07_the_number_of_clips_changes_the_fingerprint():
+    few, many = protocol(num_clips=20), protocol(num_clips=40)
+    assert fingerprint(few, "d", plan(few, VIDEOS)[0]) != fingerprint(many, "d", plan(many, VIDEOS)[0])
+    limited = plan(many, VIDEOS, limit=20)[0]
+    assert fingerprint(many, "d", limited) != fingerprint(many, "d", plan(many, VIDEOS)[0])
+
+
+def test_trap_11_an_unreadable_video_is_named_and_not_replaced():
+    broken = plan(protocol(), VIDEOS)[0][3].id
+
+    def probe(video):
+        if video.id == broken:
+            raise UserError("damaged")
+        return video
+
+    chosen, excluded = plan_clips(protocol(), VIDEOS, probe, 0)
+    assert len(chosen) == 19
+    assert [(lost.id, lost.reason, lost.rule) for lost in excluded] == [(broken, "damaged", "unreadable")]
+
+
+def test_short_videos_are_dropped_and_replaced_by_rule_or_the_stride_shrinks():
+    videos = [replace(video, num_frames=29) if k % 2 else video for k, video in enumerate(VIDEOS)]
+    chosen, excluded = plan(protocol(), videos)
+    assert len(chosen) == 20
+    assert excluded
+    assert {lost.rule for lost in excluded} == {"short"}
+    assert "29 frames; 46 are needed" in excluded[0].reason
+    chosen, excluded = plan(protocol(short_videos="shrink_stride"), videos)
+    assert not excluded
+    assert {item.frame_stride for item in chosen} == {1, 3}
+
+
+@pytest.mark.parametrize("frames", range(16, 60))
+def test_frames_exist_whatever_the_length(frames):
+    for start in ("random", "first", "middle"):
+        found = choose_frames(protocol(short_videos="shrink_stride", start=start), "v", frames)
+        assert found is not None
+        assert 0 <= found[0][0] <= found[0][-1] < frames
+    assert (choose_frames(protocol(), "v", frames) is None) == (frames < 46)
+
+
+def test_twice_the_same_id_is_an_error():
+    with pytest.raises(UserError, match='two videos with the id "v001"'):
+        plan(protocol(), [*VIDEOS, Video("v001")])
+
+
+def test_no_usable_clip_is_an_error_with_an_example():
+    with pytest.raises(UserError, match="no usable clip among 1 videos.*8 frames; 46 are needed"):
+        plan(protocol(), [Video("v", num_frames=8)])

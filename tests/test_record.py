@@ -1,0 +1,75 @@
+import json
+
+import pytest
+
+from dcbench.errors import UserError
+from dcbench.record import (
+    ManifestItem,
+    canonical,
+    check_clip_id,
+    read_jsonl,
+    read_manifest,
+    read_record,
+    write_manifest,
+    write_text,
+)
+
+ITEM = ManifestItem(id="a", video="a.avi", frames=[0, 3], fps=8.0, frame_stride=3, prompt="λ", caption_index=0, seed=1)
+
+
+def test_a_manifest_survives_a_round_trip_to_the_byte(tmp_path):
+    path = tmp_path / "manifest.jsonl"
+    write_manifest(path, [ITEM])
+    first = path.read_bytes()
+    write_manifest(path, read_manifest(path))
+    assert path.read_bytes() == first
+
+
+@pytest.mark.parametrize("bad", ["", "a/b", "..", ".hidden", "a\\b", "a\0b", "x" * 200, "a\nb"])
+def test_a_clip_id_cannot_leave_its_folder(bad):
+    with pytest.raises(UserError, match="cannot be a file name"):
+        check_clip_id(bad)
+
+
+def test_a_bad_manifest_names_the_line(tmp_path):
+    path = tmp_path / "manifest.jsonl"
+    path.write_text(canonical(ITEM.model_dump()) + "\n{broken\n")
+    with pytest.raises(UserError, match="line 2"):
+        read_manifest(path)
+    path.write_text((canonical(ITEM.model_dump()) + "\n") * 2)
+    with pytest.raises(UserError, match="stands there twice"):
+        read_manifest(path)
+    path.write_text("")
+    with pytest.raises(UserError, match="lists no clips"):
+        read_manifest(path)
+    path.write_text(canonical(ITEM.model_dump() | {"frame": 1}) + "\n")
+    with pytest.raises(UserError, match='Did you mean "frames"'):
+        read_manifest(path)
+
+
+def test_only_the_last_line_may_be_torn(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    path.write_text('{"id":"a"}\n{"id":')
+    assert read_jsonl(path, tolerate_torn_end=True) == [{"id": "a"}]
+    with pytest.raises(UserError, match="line 2"):
+        read_jsonl(path)
+    path.write_text('{"id":\n{"id":"a"}\n')
+    with pytest.raises(UserError, match="line 1"):
+        read_jsonl(path, tolerate_torn_end=True)
+
+
+def test_a_record_of_another_version_is_refused(tmp_path):
+    (tmp_path / "record.json").write_text(json.dumps({"schema_version": 99}))
+    with pytest.raises(UserError, match="schema version 99"):
+        read_record(tmp_path)
+    with pytest.raises(UserError, match="not finished"):
+        read_record(tmp_path / "nowhere")
+
+
+def test_a_failed_write_leaves_the_old_text(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "new \udcff")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
