@@ -81,7 +81,7 @@ def choose_in_time(policy: TemporalPolicy, have: int, have_fps: float, want: int
         raise UserError(f"temporal policy {policy!r}: expected 'first' or 'nearest_time'")
     if indices[-1] >= have:
         raise UserError(
-            f"{have} frames at {have_fps:g} fps do not hold {want} frames at {want_fps:g} fps under the temporal policy "
-            f"'{policy}'; {indices[-1] + 1} are needed"
+            f"{have} frames at {have_fps:g} fps do not hold {want} frames at {want_fps:g} fps under the temporal "
+            f"policy '{policy}'; {indices[-1] + 1} are needed"
         )
     return indices

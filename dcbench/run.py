@@ -316,9 +316,8 @@ def sample(job: Job, options: Options) -> None:
         missing = [entry for entry in job.manifest if entry.id not in finished]
         if missing:
             _check_room(job, missing)
-            model = load_entry_point(job.model)(job.model, options.runtime())
-            if isinstance(model, ChecksFirst):
-                model.check([entry.id for entry in missing])
+            model: ImageToVideo = load_entry_point(job.model)(job.model, options.runtime())
+            _check_model(model, missing)
             mine = missing[rank() :: world_size()]
             batches = [mine[i : i + options.batch_size] for i in range(0, len(mine), options.batch_size)]
             done = len(job.manifest) - len(missing)
@@ -326,6 +325,11 @@ def sample(job: Job, options: Options) -> None:
             for _ in track(_sample_batches(job, model, batches), len(mine) + done, "generating", done, quiet):
                 pass
         barrier()
+
+
+def _check_model(model: ImageToVideo, missing: Sequence[ManifestItem]) -> None:
+    if isinstance(model, ChecksFirst):
+        model.check([entry.id for entry in missing])
 
 
 def _check_room(job: Job, missing: Sequence[ManifestItem]) -> None:

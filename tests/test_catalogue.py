@@ -25,7 +25,7 @@ ISSUE_MODELS = {
 
 
 def test_every_card_is_valid_and_every_available_one_loads():
-    assert ISSUE_MODELS <= set(cards("models"))
+    assert set(cards("models")) >= ISSUE_MODELS
     for kind in ("models", "datasets", "metrics"):
         for card in cards(kind).values():
             if card.available:

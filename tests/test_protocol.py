@@ -163,5 +163,5 @@ def test_twice_the_same_id_is_an_error():
 
 
 def test_no_usable_clip_is_an_error_with_an_example():
-    with pytest.raises(UserError, match="no usable clip among 1 videos.*8 frames; 46 are needed"):
+    with pytest.raises(UserError, match=r"no usable clip among 1 videos.*8 frames; 46 are needed"):
         plan(protocol(), [Video("v", num_frames=8)])

@@ -43,8 +43,8 @@ class Videos:
         unused = sorted(set(self.by_stem) - set(clip_ids))
         there = f" Files that match no clip: {', '.join(unused[:3])} ({len(unused)} in all)." if unused else ""
         raise UserError(
-            f"{self.folder}: {len(missing)} of {len(clip_ids)} clips have no file, for example {missing[0]!r}; expected "
-            f"{expected!r}.{there}{near_match(missing[0], unused)} If the names follow a rule, give it: "
+            f"{self.folder}: {len(missing)} of {len(clip_ids)} clips have no file, for example {missing[0]!r}; "
+            f"expected {expected!r}.{there}{near_match(missing[0], unused)} If the names follow a rule, give it: "
             "--set options.pattern='{id}_seed1.mp4'. To score only some clips, replay a manifest: --manifest FILE"
         )
 
@@ -68,7 +68,8 @@ def load(card: ModelCard, runtime: Runtime) -> Videos:
     pattern = card.options["pattern"]
     if not card.options["folder"] or not folder.is_dir():
         raise UserError(
-            f"the model 'videos' needs a folder of clips: --model DIR, or --set options.folder=DIR (given: {str(folder)!r})"
+            f"the model 'videos' needs a folder of clips, given {str(folder)!r}: "
+            "--model DIR, or --set options.folder=DIR"
         )
     try:
         fields = [name for _, name, _, _ in string.Formatter().parse(pattern) if name is not None]

@@ -1,0 +1,52 @@
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads starve a busy two-core machine
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from pathlib import Path
+
+import pytest
+
+CHEAP_METRIC = '''
+"""A metric of twelve numbers a clip, so that tests of the runner do not pay for I3D."""
+import torch
+from dcbench.metrics.base import FeatureExtractor, Score
+from dcbench.metrics.distances import SetDistance, score_frechet
+
+
+class Corners(FeatureExtractor):
+    name, weights_sha256, preprocessing, num_features = "corners", "none", "mean of quarters", 12
+
+    def forward(self, clips):
+        return torch.nn.functional.adaptive_avg_pool2d(clips.float().mean(1), 2).flatten(1)
+
+
+def build(card, runtime):
+    return SetDistance(card, Corners(), score_frechet)
+'''
+
+
+@pytest.fixture(scope="session")
+def cheap_metric(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The path of a metric card whose extractor is twelve pixel means."""
+    folder = tmp_path_factory.mktemp("metric")
+    (folder / "corners.py").write_text(CHEAP_METRIC)
+    card = folder / "corners.toml"
+    card.write_text(
+        'name = "corners"\ntitle = "Corners"\nsummary = "Twelve pixel means"\nkind = "set"\nhigher_is_better = false\n'
+        f'entry_point = "{folder / "corners.py"}:build"\n'
+    )
+    return str(card)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features are cached per test session, never in the user's cache; converted weights stay shared."""
+    base = tmp_path_factory.getbasetemp() / "cache"
+    monkeypatch.setenv("DCBENCH_CACHE", str(base))
+
+
+@pytest.fixture
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
