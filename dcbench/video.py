@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import errno
 import importlib.util
+import itertools
 import json
 import os
 import signal
@@ -18,13 +19,13 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -312,31 +313,42 @@ def read(video: Video, indices: Sequence[int] | None = None) -> Read:
     return Read(video.read(indices), video.info().decoder)
 
 
-def read_many(
-    jobs: Iterable[tuple[Video, Sequence[int] | None]], workers: int = 1, ahead: int | None = None
-) -> Iterator[Read | VideoError]:
-    """Each job's frames in the order of the jobs, or its VideoError, so that one bad video does not end the rest.
+Job = TypeVar("Job")
+Answer = TypeVar("Answer")
 
-    Up to `ahead` clips (2 a worker by default) are decoded while the caller computes; no more are held in memory.
+
+def in_order(
+    function: Callable[[Job], Answer], jobs: Iterable[Job], workers: int = 1, ahead: int | None = None
+) -> Iterator[Answer | VideoError]:
+    """function(job) for each job in its order, or its VideoError, so that one bad video does not end the rest.
+
+    Up to `ahead` answers (2 a worker by default) are prepared while the caller computes; no more are held in memory.
     """
     ahead = ahead or 2 * workers
-    executor = ThreadPoolExecutor(workers, "decode")
-    waiting: deque[Future[Read]] = deque()
+    executor = ThreadPoolExecutor(workers, "video")
+    waiting: deque[Future[Answer]] = deque()
     todo = iter(jobs)
     try:
         while True:
-            while len(waiting) < ahead and (job := next(todo, None)) is not None:
-                waiting.append(executor.submit(read, *job))
+            for job in itertools.islice(todo, ahead - len(waiting)):
+                waiting.append(executor.submit(function, job))
             if not waiting:
                 return
             try:
-                result: Read | VideoError = waiting.popleft().result()
+                answer: Answer | VideoError = waiting.popleft().result()
             except VideoError as error:
-                result = error
-            yield result
-            del result  # the caller alone decides how long a clip lives
+                answer = error
+            yield answer
+            del answer  # the caller alone decides how long a clip lives
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
+
+
+def read_many(
+    jobs: Iterable[tuple[Video, Sequence[int] | None]], workers: int = 1, ahead: int | None = None
+) -> Iterator[Read | VideoError]:
+    """The frames of many videos, read ahead: `in_order` of `read`."""
+    return in_order(lambda job: read(*job), jobs, workers, ahead)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

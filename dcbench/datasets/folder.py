@@ -1,0 +1,128 @@
+"""Any folder of videos, however deep; captions from an optional CSV or JSONL file."""
+
+import csv
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dcbench.catalogue import DatasetCard
+from dcbench.datasets.base import Item
+from dcbench.errors import UserError, near_match
+from dcbench.video import SUFFIXES, VideoFile
+
+SPLITS = ("all", "train", "val", "test")
+CAPTION_FILES = ("captions.csv", "captions.jsonl")
+UNSAFE = re.compile(r'[\x00-\x1f\\:*?"<>|]')
+
+
+def find_videos(root: Path) -> list[str]:
+    """Relative paths of all video files, "/" as separator, sorted; hidden files and folders are left out."""
+    found = []
+    for folder, folders, files in os.walk(root, followlinks=False):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
+                found.append((Path(folder) / name).relative_to(root).as_posix())
+    return sorted(found)
+
+
+def make_ids(paths: list[str]) -> dict[str, str]:
+    """A file-safe, unique id for each relative path: the path without its ending, "/" as "__".
+
+    A name that is unsafe, too long or shared gets a hash of its path, so that an id never depends on the order.
+    """
+    plain = {path: path.rsplit(".", 1)[0].replace("/", "__") for path in paths}
+    shared = Counter(name.lower() for name in plain.values())  # some file systems do not tell a from A
+    ids = {}
+    for path, name in plain.items():
+        safe = UNSAFE.sub("_", name).lstrip(".")[:120]
+        if safe != name or shared[name.lower()] > 1:
+            safe = f"{safe}-{hashlib.blake2b(path.encode('utf-8', 'surrogateescape'), digest_size=4).hexdigest()}"
+        ids[path] = safe
+    return ids
+
+
+class Folder:
+    """A folder of videos. A subfolder train, val or test is that split; without it, every split is all videos."""
+
+    def __init__(self, root: Path, captions: str = ""):
+        self.root = root
+        self.ids = make_ids(find_videos(root))
+        if not self.ids:
+            raise UserError(f"{root} holds no video; looked for {', '.join(SUFFIXES)}, in subfolders too")
+        self.captions = self._read_captions(captions)
+
+    def splits(self) -> tuple[str, ...]:
+        return SPLITS
+
+    def items(self, split: str) -> list[Item]:
+        if split not in SPLITS:
+            raise UserError(f"folder: split {split!r}, expected one of {', '.join(SPLITS)}.{near_match(split, SPLITS)}")
+        inside = [path for path in self.ids if path.startswith(f"{split}/")] or list(self.ids)
+        items = [
+            Item(self.ids[path], VideoFile(self.root / path), path, tuple(self.captions.get(path, ())), split)
+            for path in inside
+        ]
+        return sorted(items, key=lambda item: item.id)
+
+    def _read_captions(self, given: str) -> dict[str, list[str]]:
+        """Captions by relative path. A row may name a file with or without its ending, or by its id."""
+        file = self._find_captions(given)
+        if file is None:
+            return {}
+        names = {name: path for path in self.ids for name in (path.rsplit(".", 1)[0], self.ids[path], path)}
+        captions: dict[str, list[str]] = {}
+        rows = list(_csv_rows(file) if file.suffix.lower() in (".csv", ".tsv") else _jsonl_rows(file))
+        for name, texts in rows:
+            path = names.get(name.replace("\\", "/").removeprefix("./"))
+            if path is not None:
+                captions.setdefault(path, []).extend(text for text in texts if text)
+        if rows and not captions:
+            raise UserError(
+                f"{file}: none of its {len(rows)} rows names a video of {self.root}; it says {rows[0][0]!r}, "
+                f"a file there is {next(iter(self.ids))!r}"
+            )
+        return captions
+
+    def _find_captions(self, given: str) -> Path | None:
+        if given:
+            for path in (Path(given).expanduser(), self.root / given):
+                if path.is_file():
+                    return path
+            raise UserError(f"folder: captions = {given!r} is no file, neither by itself nor in {self.root}")
+        return next((self.root / name for name in CAPTION_FILES if (self.root / name).is_file()), None)
+
+
+def _csv_rows(file: Path) -> Iterator[tuple[str, list[str]]]:
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        rows = csv.DictReader(lines, delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
+        if not {"file", "caption"} <= set(rows.fieldnames or ()):
+            raise UserError(
+                f"{file} has the columns {', '.join(rows.fieldnames or ()) or 'none'}; expected file, caption"
+            )
+        for row in rows:
+            yield (row["file"] or "").strip(), [(row["caption"] or "").strip()]
+
+
+def _jsonl_rows(file: Path) -> Iterator[tuple[str, list[str]]]:
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            captions = row["caption"]
+            yield str(row["file"]), [str(c).strip() for c in ([captions] if isinstance(captions, str) else captions)]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f'{file}, line {number}: expected {{"file": ..., "caption": ...}} ({error!r})') from error
+
+
+def load(card: DatasetCard, root: Path | None, options: Mapping[str, Any]) -> Folder:
+    """Entry point of the card `folder`."""
+    if root is None:
+        raise UserError("folder needs its files: give --data DIR")
+    return Folder(root, str(options.get("captions", "")))

@@ -1,0 +1,164 @@
+"""MSR-VTT: videos with 20 captions each, from the official JSON files, merged ones, or the 1k-A list."""
+
+import csv
+import io
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dcbench.catalogue import DatasetCard
+from dcbench.datasets.base import Item
+from dcbench.errors import UserError, near_match
+from dcbench.video import SUFFIXES, VideoFile
+
+# In merged files the field `split` disagrees with the official ranges of numbers, so the ranges decide.
+RANGES = {"train": range(0, 6513), "val": range(6513, 7010), "test": range(7010, 10000), "all": range(0, 10000)}
+SPLITS = (*RANGES, "1k-A")
+JSON_NAMES = (
+    ("test_videodatainfo.json", "train_val_videodatainfo.json"),  # together: the official pair
+    ("MSRVTT_data.json",),
+    ("videodatainfo_2017.json",),
+)
+LIST_NAMES = ("MSRVTT_JSFUSION_test.csv",)
+VIDEO = re.compile(r"video(\d+)")
+
+
+class MSRVTT:
+    """Videos of an official split, or of the 1k-A test list."""
+
+    def __init__(self, root: Path, annotations: str = "", layout: str = ""):
+        self.root = root
+        self.layout = layout
+        self.json_files, self.list_file = self._find_annotations(annotations)
+        self.files = self._find_videos()
+
+    def splits(self) -> tuple[str, ...]:
+        return SPLITS
+
+    def items(self, split: str) -> list[Item]:
+        """Every video of the split, sorted by id; one that is listed and missing is there, and fails when read."""
+        if split not in SPLITS:
+            raise UserError(f"msrvtt: split {split!r}, expected one of {', '.join(SPLITS)}.{near_match(split, SPLITS)}")
+        if split == "1k-A":
+            captions, sources = self._read_list(), {}
+        else:
+            captions, sources = self._read_json(split)
+        return [self._item(name, captions[name], sources.get(name), split) for name in sorted(captions)]
+
+    def _item(self, name: str, captions: tuple[str, ...], source: str | None, split: str) -> Item:
+        nominal = self.root / ("TestVideo" if int(name[5:]) in RANGES["test"] else "TrainValVideo") / f"{name}.mp4"
+        path = self.files.get(name, nominal)
+        relative = path.relative_to(self.root).as_posix()
+        return Item(name, VideoFile(path), relative, captions, split, group=source)
+
+    def _read_json(self, split: str) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+        """Captions in the order of their numbers, and the web video that a clip was cut from, by video."""
+        wanted = RANGES[split]
+        sentences: dict[str, list[tuple[int, str]]] = {}
+        sources: dict[str, str] = {}
+        for file in self.json_files:
+            data = _load_json(file)
+            for entry in data["videos"]:
+                name = str(entry.get("video_id", ""))
+                if _number(name, file) in wanted:
+                    sentences.setdefault(name, [])
+                    if entry.get("url"):
+                        sources[name] = str(entry["url"])
+            for entry in data["sentences"]:
+                caption = " ".join(str(entry.get("caption", "")).split())
+                if caption and (name := str(entry.get("video_id"))) in sentences:
+                    sentences[name].append((int(entry.get("sen_id", len(sentences[name]))), caption))
+        if not sentences:
+            have = ", ".join(file.name for file in self.json_files) or "no JSON file"
+            raise UserError(
+                f"msrvtt: split {split} (video{wanted.start}-video{wanted.stop - 1}) needs "
+                f"{'train_val' if split in ('train', 'val') else 'test'}_videodatainfo.json or a merged "
+                f"MSRVTT_data.json; {self.root} has {have}"
+            )
+        return {name: tuple(text for _, text in sorted(rows)) for name, rows in sentences.items()}, sources
+
+    def _read_list(self) -> dict[str, tuple[str, ...]]:
+        """The 1k-A list: one sentence a video. Copies differ in the column's name and in the separator."""
+        if self.list_file is None:
+            raise UserError(f"msrvtt: split 1k-A needs {LIST_NAMES[0]}, which is not in {self.root}")
+        text = self.list_file.read_text(encoding="utf-8-sig")
+        header = text.split("\n", 1)[0]
+        rows = csv.DictReader(
+            io.StringIO(text, newline=""), delimiter=";" if header.count(";") > header.count(",") else ","
+        )
+        columns = [name.strip() for name in rows.fieldnames or ()]
+        rows.fieldnames = columns
+        sentence = next((name for name in ("sentence", "sentences") if name in columns), None)
+        if sentence is None or "video_id" not in columns:
+            raise UserError(f"{self.list_file} has the columns {', '.join(columns)}; expected video_id and sentence")
+        captions: dict[str, tuple[str, ...]] = {}
+        for row in rows:
+            name = (row["video_id"] or "").strip()
+            _number(name, self.list_file)
+            captions[name] = (*captions.get(name, ()), " ".join((row[sentence] or "").split()))
+        return captions
+
+    def _find_annotations(self, given: str) -> tuple[list[Path], Path | None]:
+        if given:
+            path = Path(given).expanduser()
+            path = path if path.is_file() else self.root / path
+            if not path.is_file():
+                raise UserError(f"msrvtt: annotations = {given!r} is no file, neither by itself nor in {self.root}")
+            return ([], path) if path.suffix == ".csv" else ([path], None)
+        by_name: dict[str, Path] = {}
+        for folder, folders, files in os.walk(self.root):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for file in files:
+                by_name.setdefault(file, Path(folder) / file)
+        found = next(
+            ([by_name[n] for n in names if n in by_name] for names in JSON_NAMES if by_name.keys() & set(names)), []
+        )
+        listed = next((by_name[name] for name in LIST_NAMES if name in by_name), None)
+        if not found and listed is None:
+            raise UserError(
+                f"msrvtt: no annotations in {self.root}. Expected there:\n  "
+                + "\n  ".join(self.layout.strip().splitlines())
+                + "\n  Under another name: set options.annotations in a card of your own"
+            )
+        return found, listed
+
+    def _find_videos(self) -> dict[str, Path]:
+        """Every video<number> file below the root; of several, .mp4 before others, then the first path."""
+        found: dict[str, Path] = {}
+        paths = (Path(folder) / file for folder, _, files in os.walk(self.root) for file in files)
+        usable = [path for path in paths if path.suffix.lower() in SUFFIXES and VIDEO.fullmatch(path.stem)]
+        for path in sorted(usable, key=lambda path: (SUFFIXES.index(path.suffix.lower()), path.as_posix())):
+            found.setdefault(path.stem, path)
+        if not found:
+            raise UserError(
+                f"msrvtt: no video0.mp4 ... below {self.root}. Expected there:\n  "
+                + "\n  ".join(self.layout.strip().splitlines())
+            )
+        return found
+
+
+def _number(name: str, file: Path) -> int:
+    match = VIDEO.fullmatch(name)
+    if match is None:
+        raise UserError(f"{file}: video_id {name!r}, expected video0 ... video9999")
+    return int(match[1])
+
+
+def _load_json(file: Path) -> dict[str, list[dict[str, Any]]]:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file} is no JSON file: {error}") from error
+    if not isinstance(data, dict) or not all(isinstance(data.get(key), list) for key in ("videos", "sentences")):
+        raise UserError(f"{file}: expected an object with the lists 'videos' and 'sentences', as MSR-VTT has them")
+    return data
+
+
+def load(card: DatasetCard, root: Path | None, options: Mapping[str, Any]) -> MSRVTT:
+    """Entry point of the card `msrvtt`."""
+    if root is None:
+        raise UserError("msrvtt needs its files: give --data DIR")
+    return MSRVTT(root, str(options.get("annotations", "")), card.layout)

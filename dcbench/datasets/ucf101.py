@@ -1,0 +1,148 @@
+"""UCF-101: official folders and split lists. It has no captions: prompts come from the class."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dcbench.catalogue import DatasetCard
+from dcbench.datasets.base import Item
+from dcbench.errors import UserError, near_match
+from dcbench.video import VideoFile
+
+SPLITS = ("all", "train01", "test01", "train02", "test02", "train03", "test03")
+NAME = re.compile(r"v_(?P<label>\w+)_g(?P<group>\d+)_c(?P<clip>\d+)\.avi", re.IGNORECASE)
+# The one class whose folder and files are spelt differently; copies of the data set mix the two.
+FILE_SPELLING = {"HandstandPushups": "HandStandPushups"}
+SENTENCES = Path(__file__).with_name("ucf101_prompts_pyoco.tsv")  # PYoCo (arXiv 2305.10474), its appendix
+
+
+def class_prompt(label: str) -> str:
+    """PlayingGuitar -> "playing guitar"."""
+    return " ".join(re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z0-9]+", label)).lower()
+
+
+class UCF101:
+    """Videos of one of the official splits, or all that lie in the folder."""
+
+    def __init__(self, root: Path, prompts: str = "class-name", layout: str = ""):
+        self.root = root
+        self.layout = layout
+        self.videos = self._find_videos()
+        self.files = {  # lower-case "class/file" -> path; the spelling differs between copies
+            f"{path.parent.name}/{path.name}".lower(): path
+            for path in sorted(self.videos.glob("*/*"))
+            if path.suffix.lower() == ".avi" and not path.name.startswith(".")
+        }
+        self.lists = self._find_lists()
+        self.labels = self._read_labels()
+        self.prompts = self._read_prompts(prompts)
+
+    def splits(self) -> tuple[str, ...]:
+        return SPLITS
+
+    def items(self, split: str) -> list[Item]:
+        """Every video of the split, sorted by id; one that is listed and missing is there, and fails when read."""
+        if split not in SPLITS:
+            raise UserError(f"ucf101: split {split!r}, expected one of {', '.join(SPLITS)}.{near_match(split, SPLITS)}")
+        names = self._listed(split) if split != "all" else [f"{p.parent.name}/{p.name}" for p in self.files.values()]
+        items = [item for name in names if (item := self._item(name, split)) is not None]
+        return sorted(items, key=lambda item: item.id)
+
+    def _item(self, name: str, split: str) -> Item | None:
+        folder, _, file = name.partition("/")
+        match = NAME.fullmatch(file)
+        if match is None:
+            if split == "all":  # a stray file in the folder; `dcbench data verify` lists it
+                return None
+            raise UserError(f"{self.lists}/{split}: {name!r} is no UCF-101 video; expected Class/v_Class_gXX_cYY.avi")
+        label = self.labels.get(folder.lower(), folder)
+        group = f"{label}_g{match['group']}"
+        path = self.files.get(name.lower(), self.videos / folder / file)
+        return Item(
+            id=f"v_{FILE_SPELLING.get(label, label)}_g{match['group']}_c{match['clip']}",
+            video=VideoFile(path),
+            path=path.relative_to(self.videos).as_posix(),
+            captions=(self.prompts[label],) if self.prompts is not None else (class_prompt(label),),
+            split=split,
+            label=label,
+            group=group,
+        )
+
+    def _listed(self, split: str) -> list[str]:
+        """Lines of an official list: `Class/file.avi`, with a class number behind it in the training lists."""
+        file = f"{split[:-2]}list{split[-2:]}.txt"
+        if self.lists is None or not (self.lists / file).is_file():
+            raise UserError(
+                f"ucf101: split {split} needs {file}, which is not in {self.lists or self.root / 'ucfTrainTestlist'}. "
+                "Get the lists (UCF101TrainTestSplits-RecognitionTask.zip) from https://www.crcv.ucf.edu/data/UCF101.php"
+            )
+        lines = (self.lists / file).read_text(encoding="utf-8-sig").splitlines()
+        names = [line.split()[0].replace("\\", "/") for line in lines if line.strip()]
+        if not names:
+            raise UserError(f"ucf101: {self.lists / file} is empty, so split {split} holds no video")
+        escapes = [name for name in names if name.count("/") != 1 or ".." in name]
+        if escapes:
+            raise UserError(f"{self.lists / file}: {escapes[0]!r} is no path of the form Class/v_Class_gXX_cYY.avi")
+        return sorted(set(names))
+
+    def _find_videos(self) -> Path:
+        for folder in (self.root / "UCF-101", self.root / "UCF101", self.root / "videos", self.root):
+            if any(folder.glob("*/v_*.avi")):
+                return folder
+        raise UserError(
+            f"ucf101: no video v_<Class>_gXX_cYY.avi below {self.root}. Expected there:\n  "
+            + "\n  ".join(self.layout.strip().splitlines())
+        )
+
+    def _find_lists(self) -> Path | None:
+        around = (self.root, self.videos, self.root.parent)
+        for folder in [base / name for base in around for name in ("ucfTrainTestlist", "")]:
+            if any(folder.glob("t*list0?.txt")):
+                return folder
+        return None
+
+    def _read_labels(self) -> dict[str, str]:
+        """Lower-case class -> official class name; from classInd.txt, or else from the folders."""
+        index = self.lists / "classInd.txt" if self.lists else None
+        if index is None or not index.is_file():
+            return {path.parent.name.lower(): path.parent.name for path in self.files.values()}
+        rows = [line.split() for line in index.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        wrong = next((row for row in rows if len(row) != 2 or not row[0].isdigit()), None)
+        if wrong:
+            raise UserError(f"{index}: {' '.join(wrong)!r} is no line of the form '1 ApplyEyeMakeup'")
+        return {name.lower(): name for _, name in rows}
+
+    def _read_prompts(self, prompts: str) -> dict[str, str] | None:
+        """Class -> sentence; None for prompts from the class name."""
+        if prompts == "class-name":
+            return None
+        path = SENTENCES if prompts == "sentence" else Path(prompts).expanduser()
+        if not path.is_file():
+            hint = near_match(prompts, ("class-name", "sentence"))
+            raise UserError(
+                f"ucf101: prompts = {prompts!r}, expected 'class-name', 'sentence', or a file of lines "
+                f"'Class<tab>sentence'.{hint}"
+            )
+        sentences: dict[str, str] = {}
+        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+            label, tab, sentence = line.partition("\t")
+            if not line.strip() or (number == 1 and label.strip().lower() == "class"):
+                continue
+            if not tab or not sentence.strip():
+                raise UserError(f"{path}, line {number}: {line!r} is not 'Class<tab>sentence'")
+            sentences[self.labels.get(label.strip().lower(), label.strip())] = sentence.strip()
+        missing = sorted(set(self.labels.values()) - sentences.keys())
+        if missing:
+            raise UserError(
+                f"{path} has no sentence for {len(missing)} of {len(self.labels)} classes, for example {missing[0]}."
+                f"{near_match(missing[0], sentences)}"
+            )
+        return sentences
+
+
+def load(card: DatasetCard, root: Path | None, options: Mapping[str, Any]) -> UCF101:
+    """Entry point of the card `ucf101`."""
+    if root is None:
+        raise UserError("ucf101 needs its files: give --data DIR")
+    return UCF101(root, str(options.get("prompts", "class-name")), card.layout)
