@@ -270,7 +270,7 @@ def test_overrides_make_another_run(tmp_path, in_tmp):
     assert first.plan.fingerprint == second.plan.fingerprint
 
 
-# ------------------------------------------------------------------------------------------- whole processes, interrupted
+# --- whole processes, interrupted ---
 
 
 def command(out: Path, metric: str, limit: int) -> list[str]:
