@@ -81,6 +81,14 @@ class Facts(NamedTuple):
     hash: str  # of all pixels, where asked for
     decord_frames: int | None  # None: decord cannot open the file, or is not installed
 
+    @property
+    def decoder(self) -> str:
+        """Which decoder "auto" reads this file with."""
+        if self.codec == "procedural":
+            return self.codec
+        whole = self.decord_frames == self.frames and not self.damage
+        return "decord" if whole and not self.rotated and self.codec != "ffv1" else "pyav"
+
 
 # --- worker processes -------------------------------------------------------------------------------------------------
 
@@ -251,8 +259,7 @@ def probe(path: Path, decoder: Decoder = "auto") -> VideoInfo:
     facts = examine(path)
     if facts.fps <= 0:
         raise VideoError(f"{path}: the file states no frame rate")
-    agrees = facts.decord_frames == facts.frames and not facts.rotated and not facts.damage and facts.codec != "ffv1"
-    chosen = ("decord" if agrees else "pyav") if decoder == "auto" else decoder
+    chosen = facts.decoder if decoder == "auto" else decoder
     return VideoInfo(facts.frames, facts.fps, facts.height, facts.width, chosen)
 
 

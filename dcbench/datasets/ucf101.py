@@ -63,7 +63,7 @@ class UCF101:
             id=f"v_{FILE_SPELLING.get(label, label)}_g{match['group']}_c{match['clip']}",
             video=VideoFile(path),
             path=path.relative_to(self.videos).as_posix(),
-            captions=(self.prompts[label],) if self.prompts is not None else (class_prompt(label),),
+            captions=(self.prompts[label] if self.prompts else class_prompt(label),),
             split=split,
             label=label,
             group=group,
@@ -132,10 +132,11 @@ class UCF101:
             if not tab or not sentence.strip():
                 raise UserError(f"{path}, line {number}: {line!r} is not 'Class<tab>sentence'")
             sentences[self.labels.get(label.strip().lower(), label.strip())] = sentence.strip()
-        missing = sorted(set(self.labels.values()) - sentences.keys())
+        present = {self.labels.get(path.parent.name.lower(), path.parent.name) for path in self.files.values()}
+        missing = sorted((present | set(self.labels.values())) - sentences.keys())
         if missing:
             raise UserError(
-                f"{path} has no sentence for {len(missing)} of {len(self.labels)} classes, for example {missing[0]}."
+                f"{path} has no sentence for {len(missing)} classes, for example {missing[0]}."
                 f"{near_match(missing[0], sentences)}"
             )
         return sentences

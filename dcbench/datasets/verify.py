@@ -1,0 +1,116 @@
+"""Decodes every video of a dataset and lists what is broken, damaged, short, duplicated, missing or unused."""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dcbench.datasets.base import Dataset, Item
+from dcbench.datasets.folder import find_videos
+from dcbench.errors import UserError
+from dcbench.progress import track
+from dcbench.video import Facts, VideoError, VideoFile, examine, in_order
+
+SHOWN = 20  # lines of each kind in the text; the lists are whole
+
+
+@dataclass
+class Verification:
+    """What decoding a split found; each list names videos by their path below the root."""
+
+    split: str
+    checked: int = 0
+    frames: int = 0
+    min_frames: int = 0
+    missing: list[str] = field(default_factory=list)  # listed, but there is no such file
+    broken: list[str] = field(default_factory=list)  # "path: reason"; no frame can be read
+    damaged: list[str] = field(default_factory=list)  # "path: reason"; the frames before the damage can be read
+    short: list[str] = field(default_factory=list)  # "path: n frames"; fewer than min_frames
+    duplicates: list[list[str]] = field(default_factory=list)  # groups of videos with the same pixels
+    unused: list[str] = field(default_factory=list)  # video files in the root that no split names
+    decoders: dict[str, int] = field(default_factory=dict)  # how many files "auto" reads by which decoder
+
+    @property
+    def ok(self) -> bool:
+        return not (self.missing or self.broken or self.damaged or self.short or self.duplicates)
+
+    def text(self) -> str:
+        """For the screen: a line a kind, and below it the videos."""
+        by = ", ".join(f"{count} by {name}" for name, count in sorted(self.decoders.items())) or "none"
+        lines = [f"split {self.split}: {self.checked} videos, {self.frames} frames decoded; read {by}"]
+        kinds = {
+            "missing": self.missing,
+            "broken": self.broken,
+            "damaged": self.damaged,
+            f"shorter than {self.min_frames} frames": self.short,
+            "duplicated (same pixels)": [" = ".join(group) for group in self.duplicates],
+            "in the folder, but in no split": self.unused,
+        }
+        for kind, entries in kinds.items():
+            if entries:
+                lines.append(f"{kind}: {len(entries)}")
+                lines += [f"  {entry}" for entry in entries[:SHOWN]]
+                if len(entries) > SHOWN:
+                    lines.append(f"  ... and {len(entries) - SHOWN} more")
+        return "\n".join([*lines, "all is well" if self.ok else "something is wrong"])
+
+
+def verify(
+    dataset: Dataset, split: str, root: Path | None = None, min_frames: int = 16, workers: int = 2, quiet: bool = False
+) -> Verification:
+    """Decode every video of a split, in parallel processes. `root` also finds files that no split names."""
+    items = dataset.items(split)
+    result = Verification(split, min_frames=min_frames)
+    same: dict[str, list[str]] = defaultdict(list)
+    found = in_order(_examine, items, workers)
+    for item, facts in track(zip(items, found, strict=True), len(items), f"verifying {split}", quiet=quiet):
+        result.checked += 1
+        path = item.video.path if isinstance(item.video, VideoFile) else None
+        if isinstance(facts, VideoError):
+            if path is not None and not path.exists():
+                result.missing.append(item.path)
+            else:
+                result.broken.append(f"{item.path}: {str(facts).removeprefix(f'{path}: ')}")
+            continue
+        result.frames += facts.frames
+        result.decoders[facts.decoder] = result.decoders.get(facts.decoder, 0) + 1
+        if facts.hash:
+            same[facts.hash].append(item.path)
+        if reason := _damage(facts):
+            result.damaged.append(f"{item.path}: {reason}")
+        if facts.frames < min_frames:
+            result.short.append(f"{item.path}: {facts.frames} frames")
+    result.duplicates = sorted(group for group in same.values() if len(group) > 1)
+    if root is not None:
+        result.unused = _unused(dataset, root)
+    return result
+
+
+def _examine(item: Item) -> Facts:
+    if isinstance(item.video, VideoFile):
+        return examine(item.video.path, with_hash=True)
+    info = item.video.info()
+    item.video.read(range(info.num_frames))
+    return Facts(info.num_frames, info.num_frames, info.fps, info.height, info.width, "procedural", False, [], "", None)
+
+
+def _damage(facts: Facts) -> str:
+    """Why a file is not whole; one frame less than declared is the placeholder of DivX files, not a loss."""
+    if facts.damage:
+        return facts.damage[0]
+    if facts.fps <= 0:
+        return "no frame rate"
+    if facts.declared > facts.frames + 1:
+        return f"the header promises {facts.declared} frames, {facts.frames} decode"
+    return ""
+
+
+def _unused(dataset: Dataset, root: Path) -> list[str]:
+    """Video files below the root that belong to no split."""
+    used: set[Path] = set()
+    for split in dataset.splits():
+        try:
+            items = dataset.items(split)
+        except UserError:  # a split whose list is not here
+            continue
+        used |= {item.video.path.resolve() for item in items if isinstance(item.video, VideoFile)}
+    return [path for path in find_videos(root) if (root / path).resolve() not in used]
