@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dcbench import cli_tools
 from dcbench.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,6 +22,10 @@ app = typer.Typer(
     help="Reproducible, explainable evaluation of image-to-video models. Start with: "
     "dcbench run --model zoom --dataset shapes",
 )
+
+app.add_typer(cli_tools.data, name="data")
+app.add_typer(cli_tools.cache, name="cache")
+app.add_typer(cli_tools.doctor, name="doctor")
 
 Model = Annotated[str, typer.Option("--model", help="A name, alias, card.toml, file.py:Class or folder of clips.")]
 DatasetName = Annotated[str, typer.Option("--dataset", help="A name, alias or card.toml.")]
@@ -37,7 +42,9 @@ Batch = Annotated[int, typer.Option("--batch-size", min=1, help="Clips made at a
 Seed = Annotated[int, typer.Option("--seed", help="The run's seed; each clip has its own, derived from it.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="Change the model's card: sampling.steps=25.")]
 Manifest = Annotated[Path | None, typer.Option("--manifest", help="Replay somebody else's manifest.jsonl.")]
-Offline = Annotated[bool, typer.Option("--offline", help="Never download anything.")]
+Download = Annotated[
+    bool, typer.Option("--download/--offline", help="Fetch missing weights first; otherwise nothing is downloaded.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")]
 
 
@@ -81,14 +88,14 @@ def _prepare(
     )
 
 
-def _options(device: str, dtype: str | None, batch_size: int, offline: bool) -> "Options":
-    if offline:
+def _options(device: str, dtype: str | None, batch_size: int, download: bool) -> "Options":
+    if not download:
         os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's library is imported: it reads this once
     from dcbench.run import Options
 
     if dtype not in (None, "float16", "bfloat16", "float32"):
         raise UserError(f'--dtype "{dtype}": expected float16, bfloat16 or float32')
-    return Options(device, None if dtype == "float32" else dtype, batch_size, offline)
+    return Options(device, None if dtype == "float32" else dtype, batch_size, offline=not download)
 
 
 def _names(text: str | None) -> list[str] | None:
@@ -110,11 +117,11 @@ def run(
     seed: Seed = 123,
     settings: Settings = None,
     manifest: Manifest = None,
-    offline: Offline = False,
+    download: Download = False,
     dry_run: DryRun = False,
 ) -> None:
     """Generate clips with a model, score them, and end in a table. The same command continues a stopped run."""
-    options = _options(device, dtype, batch_size, offline)
+    options = _options(device, dtype, batch_size, download)
     job = _prepare(model, dataset, protocol, data, out, seed, limit, manifest, settings, options, write=not dry_run)
     if dry_run:
         _print_plan(job)
@@ -142,10 +149,10 @@ def sample(
     seed: Seed = 123,
     settings: Settings = None,
     manifest: Manifest = None,
-    offline: Offline = False,
+    download: Download = False,
 ) -> None:
     """The first half of `run`: only make the clips."""
-    options = _options(device, dtype, batch_size, offline)
+    options = _options(device, dtype, batch_size, download)
     job = _prepare(model, dataset, protocol, data, out, seed, limit, manifest, settings, options)
     from dcbench import run as runner
 
@@ -163,10 +170,10 @@ def score(
     out: Out = None,
     metrics: MetricNames = None,
     device: Device = "auto",
-    offline: Offline = False,
+    download: Download = False,
 ) -> None:
     """Score a run again, or a folder of videos against a folder of real ones."""
-    options = _options(device, None, 1, offline)
+    options = _options(device, None, 1, download)
     from dcbench import run as runner
 
     if (generated / "plan.json").is_file():

@@ -43,7 +43,7 @@ class Options:
     device: str = "auto"
     dtype: str | None = None
     batch_size: int = 1
-    offline: bool = False
+    offline: bool = True  # weights that are missing are named, not downloaded
     quiet: bool = False
 
     def runtime(self) -> Runtime:

@@ -1,0 +1,127 @@
+"""Commands beside the evaluation: data, cache, doctor, train. Registered by `cli.py`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dcbench.errors import UserError
+
+data = typer.Typer(no_args_is_help=True, help="Make or verify a dataset's files.")
+cache = typer.Typer(no_args_is_help=True, help="The feature cache: what is in it, and how to empty it.")
+doctor = typer.Typer(invoke_without_command=True, help="What is here, what is missing, and how to get it.")
+
+
+@data.command("make")
+def data_make(
+    dataset: Annotated[str, typer.Argument(help="A procedural dataset: shapes.")],
+    layout: Annotated[str, typer.Option("--layout", help="ucf101 or msrvtt.")],
+    videos: Annotated[int, typer.Option("--videos", help="How many; half of them for the test split.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Default: data/<layout>.")] = None,
+    size: Annotated[int | None, typer.Option("--size", help="Pixels of the square world.")] = None,
+) -> None:
+    """Write a procedural dataset as real video files in another dataset's official layout."""
+    from dcbench.catalogue import find_dataset, load_entry_point
+    from dcbench.datasets.make import make
+
+    card = find_dataset(dataset)
+    if size is not None:
+        if "size" not in card.options:
+            raise UserError(f"{card.name} has no option size")
+        card = card.model_copy(update={"options": card.options | {"size": size}})
+    target = out or Path("data") / layout
+    counts = make(load_entry_point(card)(card, None, card.options), card, layout, videos, target)
+    parts = ", ".join(f"{count} {split}" for split, count in counts.items())
+    print(f"{parts} videos lie in {target}. Use them: dcbench run --model zoom --dataset {layout} --data {target}")
+
+
+@data.command("verify")
+def data_verify(
+    dataset: Annotated[str, typer.Argument(help="A name, alias or card.toml.")],
+    data: Annotated[Path | None, typer.Option("--data", help="Where its files lie.")] = None,
+    split: Annotated[str | None, typer.Option("--split", help="Default: every split.")] = None,
+    min_frames: Annotated[int, typer.Option("--min-frames", help="Report shorter videos.")] = 16,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Decoding processes.")] = 2,
+) -> None:
+    """Decode every video and list what is broken, damaged, short, duplicated or missing. Exit code 1 if any is."""
+    from dcbench.catalogue import find_dataset, load_entry_point
+    from dcbench.datasets.base import find_root
+    from dcbench.datasets.verify import verify
+    from dcbench.errors import near_match
+
+    card = find_dataset(dataset)
+    root = find_root(card, data)
+    source = load_entry_point(card)(card, root, card.options)
+    splits = source.splits()
+    if split is not None and split not in splits:
+        raise UserError(f'{card.name} has no split "{split}".{near_match(split, splits)} It has: {", ".join(splits)}.')
+    chosen = [split] if split else ["all"] if "all" in splits else list(splits)
+    results = [verify(source, name, root, min_frames, workers) for name in chosen]
+    print("\n\n".join(result.text() for result in results))
+    if not all(result.ok for result in results):
+        raise typer.Exit(1)
+
+
+@cache.command("list")
+def cache_list() -> None:
+    """What the cache holds, by extractor."""
+    from collections import Counter
+
+    from dcbench.metrics.cache import FeatureCache
+
+    store = FeatureCache()
+    sizes: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    for entry in store.entries():
+        counts[entry.kind] += 1
+        sizes[entry.kind] += entry.size
+    for kind in sorted(counts):
+        print(f"{kind}  {counts[kind]} clips  {sizes[kind] / 1e6:.1f} MB")
+    print(f"{sum(counts.values())} entries, {sum(sizes.values()) / 1e6:.1f} MB in {store.root}")
+
+
+@cache.command("prune")
+def cache_prune(
+    older_than: Annotated[float, typer.Option("--older-than", min=0, help="Days; 0 removes everything.")],
+) -> None:
+    """Remove entries that are at least so many days old. They are computed again when they are needed."""
+    from dcbench.metrics.cache import FeatureCache
+
+    count, size = FeatureCache().prune(older_than)
+    print(f"{count} entries removed, {size / 1e6:.1f} MB freed")
+
+
+@doctor.callback()
+def doctor_overview(context: typer.Context) -> None:
+    """What is here, what is missing, and how to get it."""
+    if context.invoked_subcommand is not None:
+        return
+    import importlib.util
+    import os
+
+    import torch
+
+    from dcbench.catalogue import DatasetCard, MetricCard, cards, load_entry_point
+    from dcbench.datasets.base import find_root
+    from dcbench.models.base import Runtime
+    from dcbench.video import has_decord
+    from dcbench.weights import cache_dir
+
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads; cache {cache_dir()}")
+    print(f"decoders: PyAV{', decord' if has_decord() else ' (decord is not installed)'}")
+    diffusers = importlib.util.find_spec("diffusers") is not None
+    print(f"baselines: {'diffusers is here' if diffusers else 'pip install dcbench[baselines]'}")
+    for kind, found in (("metrics", cards("metrics")), ("datasets", cards("datasets"))):
+        print(f"\n{kind}")
+        for card in found.values():
+            try:
+                if isinstance(card, MetricCard):
+                    load_entry_point(card)(card, Runtime(offline=True))
+                elif isinstance(card, DatasetCard) and card.name != "folder":
+                    find_root(card, None)
+                print(f"  ready    {card.name}")
+            except UserError as error:
+                print(f"  missing  {card.name}: " + str(error).replace("\n", "\n           "))
+    print("\nmodels and their weights: dcbench weights list")
