@@ -1,0 +1,125 @@
+"""Any folder of videos, and WebVid's lists."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dcbench.catalogue import find_dataset, load_entry_point
+from dcbench.datasets.folder import Folder, make_ids
+from dcbench.datasets.webvid import WebVid
+from dcbench.errors import UserError
+from dcbench.record import check_clip_id
+
+
+def touch(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"")
+
+
+def test_every_video_however_deep_sorted_by_id(tmp_path):
+    touch(tmp_path, "b.MP4", "a/x.webm", "a/b/y.avi", "notes.txt", ".hidden.mp4", ".cache/z.mp4")
+    items = Folder(tmp_path).items("all")
+    assert [(item.id, item.path) for item in items] == [("a__b__y", "a/b/y.avi"), ("a__x", "a/x.webm"), ("b", "b.MP4")]
+
+
+def test_ids_are_unique_safe_and_do_not_depend_on_the_order():
+    paths = ["a/b.mp4", "a__b.mp4", "c.mp4", "c.webm", "D.mp4", "d.mp4", 'we"ird?.mp4', "x" * 200 + ".mp4", "..odd.mp4"]
+    ids = make_ids(paths)
+    assert len({name.lower() for name in ids.values()}) == len(paths)
+    for name in ids.values():
+        check_clip_id(name)
+    assert make_ids(paths[::-1]) == ids
+    assert make_ids(["c.mp4", "é ü.mp4"]) == {"c.mp4": "c", "é ü.mp4": "é ü"}
+
+
+def test_subfolders_are_splits(tmp_path):
+    touch(tmp_path, "train/a.mp4", "test/b.mp4")
+    folder = Folder(tmp_path)
+    assert [item.path for item in folder.items("test")] == ["test/b.mp4"]
+    assert len(folder.items("val")) == len(folder.items("all")) == 2
+    with pytest.raises(UserError, match='Did you mean "test"'):
+        folder.items("tset")
+
+
+@pytest.mark.parametrize("name", ["captions.csv", "captions.jsonl", "own.tsv"])
+def test_captions(tmp_path, name):
+    touch(tmp_path, "a/x.mp4", "b.mp4", "c.mp4")
+    rows = [("a/x.mp4", "first, of x"), ("b", "by stem"), ("./a/x.mp4", "second of x"), ("../gone.mp4", "elsewhere")]
+    if name.endswith("jsonl"):
+        text = "".join(json.dumps({"file": file, "caption": caption}) + "\n" for file, caption in rows)
+        text += json.dumps({"file": "c.mp4", "caption": ["one", "two"]}) + "\n"
+    else:
+        separator = "\t" if name.endswith("tsv") else ","
+        text = f"file{separator}caption\n" + "".join(f'{file}{separator}"{caption}"\n' for file, caption in rows)
+    (tmp_path / name).write_text(text)
+    items = {item.id: item.captions for item in Folder(tmp_path, name if name == "own.tsv" else "").items("all")}
+    assert items["a__x"] == ("first, of x", "second of x") and items["b"] == ("by stem",)
+    assert items["c"] == (("one", "two") if name.endswith("jsonl") else ())
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("captions.csv", "name,text\na.mp4,x\n", "has the columns name, text; expected file, caption"),
+        ("captions.csv", "file,caption\nother.mp4,x\n", "none of its 1 rows names a video"),
+        ("captions.jsonl", '{"file": "a.mp4"}\n', "line 1: expected"),
+        ("captions.jsonl", "nonsense\n", "line 1: expected"),
+    ],
+)
+def test_bad_captions_are_named(tmp_path, name, text, message):
+    touch(tmp_path, "a.mp4")
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        Folder(tmp_path)
+
+
+def test_empty_folder_and_missing_caption_file(tmp_path):
+    card = find_dataset("folder")
+    with pytest.raises(UserError, match=r"holds no video; looked for \.mp4"):
+        load_entry_point(card)(card, tmp_path, card.options)
+    touch(tmp_path, "a.mp4")
+    with pytest.raises(UserError, match=r"'gone.csv' is no file"):
+        load_entry_point(card)(card, tmp_path, {"captions": "gone.csv"})
+
+
+# --- WebVid -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def webvid(tmp_path: Path) -> Path:
+    (tmp_path / "results_2M_val.csv").write_text(
+        'videoid,contentUrl,duration,page_dir,name\n21,http://x,PT00H00M05S,000001_000050,"A cat,  asleep"\n'
+    )
+    (tmp_path / "results_2M_train.csv").write_text(
+        "videoid,contentUrl,duration,page_dir,name,dynamic_confidence,dynamic_wording,dynamic_source_category\n"
+        "9,u,d,000001_000050,A man walks on a beach,88,man walks,human\n"
+        "10,u,d,000001_000050,Still life,10,,still\n"
+    )
+    return tmp_path
+
+
+def test_webvid_lists(webvid):
+    (item,) = WebVid(webvid).items("val")
+    assert (item.id, item.captions, item.path) == ("21", ("A cat, asleep",), "videos/000001_000050/21.mp4")
+    assert [item.id for item in WebVid(webvid).items("train")] == ["10", "9"]
+    (moving,) = WebVid(webvid, min_dynamic_confidence=50, prompt="dynamic_wording").items("train")
+    assert (moving.id, moving.captions, moving.label) == ("9", ("man walks",), "human")
+    card = find_dataset("webvid")
+    assert load_entry_point(card)(card, webvid, card.options).items("val") == [item]
+
+
+def test_webvid_errors(webvid, tmp_path):
+    with pytest.raises(UserError, match="no column dynamic_confidence"):
+        WebVid(webvid, min_dynamic_confidence=50).items("val")
+    with pytest.raises(UserError, match="prompt = 'wording', expected"):
+        WebVid(webvid, prompt="wording")
+    with pytest.raises(UserError, match="no video of split train has a dynamic confidence of 99"):
+        WebVid(webvid, min_dynamic_confidence=99).items("train")
+    (webvid / "results_2M_val.csv").write_text("videoid,page_dir,name\n1,../../etc,x\n")
+    with pytest.raises(UserError, match=r"line 2: .* is no plain name"):
+        WebVid(webvid).items("val")
+    (webvid / "results_2M_val.csv").unlink()
+    with pytest.raises(UserError, match=r"no CSV file for split val .* results_2M_val.csv"):
+        WebVid(webvid).items("val")
