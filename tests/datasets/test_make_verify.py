@@ -19,7 +19,7 @@ def load(name: str, root: Path | None, **options) -> Dataset:
 
 
 def write(layout: str, videos: int, out: Path) -> dict[str, int]:
-    options = {"frames": 20, "size": 32}
+    options = {"frames": 20, "size": 32, "train_videos": 20, "test_videos": 20}
     card = find_dataset("shapes").model_copy(update={"options": options})
     return make(load("shapes", None, **options), card, layout, videos, out, quiet=True)
 
