@@ -145,7 +145,7 @@ def guide(outputs: list[Tensor], guidance: Guidance) -> Tensor:
 
 
 def rescale_guidance(guided: Tensor, conditional: Tensor, share: float) -> Tensor:
-    """Mix in, by `share`, the guided output with the conditional one's spread per sample (Lin et al. 2023, Eq. 15-16)."""
+    """Mix in, by `share`, the guided output with the conditional one's spread per sample (Lin et al. 2023, Eq. 16)."""
     axes = tuple(range(1, guided.ndim))
     factor = conditional.std(axes, keepdim=True) / guided.std(axes, keepdim=True)
     return share * (guided * factor) + (1 - share) * guided

@@ -1,0 +1,1 @@
+"""The reference DynamiCrafter. `load` is the entry point of its cards."""

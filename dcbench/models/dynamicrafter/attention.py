@@ -5,7 +5,7 @@ Attribute names are those of the released checkpoints.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from dcbench.models.dynamicrafter.config import UNetConfig
 
 
-@dataclass(frozen=True)
-class KeysValues:
+class KeysValues(NamedTuple):
     """One layer's keys and values of a context, each [b, heads, tokens, d]; computed once a clip, not once a step."""
 
     text_k: Tensor

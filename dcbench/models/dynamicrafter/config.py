@@ -93,6 +93,7 @@ class ClipConfig:
     text_width: int = 1024
     text_heads: int = 16
     text_layers: int = 24
+    token_ids: tuple[int, ...] = ()  # the byte pairs that a small text tower knows, ascending; () = all 49408
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ class Config:
     height: int = 256
     width: int = 256
     fs_meaning: Literal["frame_stride", "fps"] = "fps"
+    fs: int = 24  # the released run script's value
     fs_range: tuple[int, int] = (1, 30)
     interpolates: bool = False  # trained with the first and the last frame
 
@@ -228,18 +230,19 @@ _V = DiffusionConfig(prediction="v", zero_terminal_snr=True, dynamic_rescale=0.7
 
 VARIANTS: dict[str, Config] = {
     "256": Config(
-        unet=UNetConfig(learnable_image_scale=True, default_fs=3), fs_meaning="frame_stride", fs_range=(1, 6)
+        unet=UNetConfig(learnable_image_scale=True, default_fs=3), fs_meaning="frame_stride", fs=3, fs_range=(1, 6)
     ),
-    "512": Config(unet=UNetConfig(default_fs=24), diffusion=_V, height=320, width=512, fs_range=(15, 30)),
+    "512": Config(unet=UNetConfig(default_fs=24), diffusion=_V, height=320, width=512, fs=24, fs_range=(15, 30)),
     "1024": Config(
         unet=UNetConfig(default_fs=10),
         diffusion=dataclasses.replace(_V, dynamic_rescale=0.3),
         height=576,
         width=1024,
+        fs=10,
         fs_range=(5, 15),
     ),
     "interp-512": Config(
-        unet=UNetConfig(default_fs=24), diffusion=_V, height=320, width=512, fs_range=(5, 30), interpolates=True
+        unet=UNetConfig(default_fs=24), diffusion=_V, height=320, width=512, fs=5, fs_range=(5, 30), interpolates=True
     ),
     # The same classes at a size that two processor cores train and sample: 16 frames of 64x64, 8x8 latents.
     "tiny": Config(
@@ -272,6 +275,7 @@ VARIANTS: dict[str, Config] = {
         height=64,
         width=64,
         fs_meaning="frame_stride",
+        fs=3,
         fs_range=(1, 6),
     ),
 }

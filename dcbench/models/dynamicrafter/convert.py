@@ -1,0 +1,212 @@
+"""Checkpoints: read strictly, every key accounted for, converted once to safetensors in the cache.
+
+Accepted layouts of the released files: a plain state dict, one below "state_dict", a DeepSpeed one below "module"
+with a `_forward_module.` prefix, and the 256 model's older name of the fps embedding (`RENAMED`).
+"""
+
+import dataclasses
+import hashlib
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dcbench.errors import UserError
+from dcbench.models.diffusion import Schedule, make_betas, make_schedule
+from dcbench.models.dynamicrafter.config import VARIANTS, Config, DiffusionConfig
+from dcbench.models.dynamicrafter.networks import Networks
+from dcbench.weights import cache_dir, human_size, load_tensors, save_tensors
+
+Shapes = dict[str, tuple[int, ...]]
+
+PREFIX = "_forward_module."  # DeepSpeed's
+RENAMED = {"model.diffusion_model.framestride_embed.": "model.diffusion_model.fps_embedding."}
+BUFFERS = (
+    *("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"),
+    *("log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod"),
+    *("posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2"),
+)
+SCALE = "scale_arr"
+
+
+def layout(cfg: Config) -> tuple[Shapes, Shapes]:
+    """(needed, optional) keys and shapes of a released checkpoint; together they are all of them.
+
+    Optional: the schedule, which the configuration gives too, and text layers that hang unused on the image tower.
+    """
+    with torch.device("meta"):
+        networks = Networks(cfg)
+    needed = {key: tuple(value.shape) for key, value in networks.state_dict().items()}
+    optional: Shapes = {name: (cfg.diffusion.num_timesteps,) for name in BUFFERS}
+    if cfg.diffusion.dynamic_rescale is not None:
+        optional[SCALE] = (cfg.diffusion.num_timesteps + 400,)
+    clip, image = cfg.clip, "embedder.model."
+    optional |= {
+        image + "positional_embedding": (clip.context_length, clip.text_width),
+        image + "text_projection": (clip.text_width, clip.embed_dim),
+        image + "logit_scale": (),
+        image + "token_embedding.weight": (clip.vocab_size, clip.text_width),
+        image + "ln_final.weight": (clip.text_width,),
+        image + "ln_final.bias": (clip.text_width,),
+    }
+    return needed, optional
+
+
+def released_name(key: str) -> str:
+    """The current name of a key of any accepted layout."""
+    key = key.removeprefix(PREFIX)
+    for old, new in RENAMED.items():
+        if key.startswith(old):
+            return new + key[len(old) :]
+    return key
+
+
+@dataclasses.dataclass(frozen=True)
+class Differences:
+    """How a file's keys and shapes differ from a layout."""
+
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    reshaped: tuple[str, ...]  # "key: has [..], needs [..]"
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.unexpected or self.reshaped)
+
+    def __len__(self) -> int:
+        return len(self.missing) + len(self.unexpected) + len(self.reshaped)
+
+
+def compare(shapes: Mapping[str, tuple[int, ...]], cfg: Config) -> Differences:
+    needed, optional = layout(cfg)
+    known = needed | optional
+    return Differences(
+        tuple(key for key in needed if key not in shapes),
+        tuple(key for key in shapes if key not in known),
+        tuple(
+            f"{key}: has {list(shape)}, needs {list(known[key])}"
+            for key, shape in shapes.items()
+            if key in known and shape != known[key]
+        ),
+    )
+
+
+def recognise(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """The variants that a file of these keys and shapes fits (those of 512 x 320 and 1024 x 576 have the same keys)."""
+    fitting = [name for name, cfg in VARIANTS.items() if not compare(shapes, cfg)]
+    if SCALE in shapes:  # the schedule tells the variants without gates from one that never had the buffer
+        return [name for name in fitting if VARIANTS[name].diffusion.dynamic_rescale is not None]
+    return fitting
+
+
+def check(tensors: Mapping[str, Tensor], cfg: Config, source: str) -> None:
+    """Raise UserError unless the tensors fit; it names the first keys and, if it is one, the right variant."""
+    shapes = {key: tuple(value.shape) for key, value in tensors.items()}
+    if differences := compare(shapes, cfg):
+        lines = [f"{source} is no checkpoint of this variant."]
+        for what in ("missing", "unexpected", "reshaped"):
+            keys: tuple[str, ...] = getattr(differences, what)
+            if keys:
+                lines.append(f"  {what} ({len(keys)}): {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}")
+        found = recognise(shapes)
+        if found:
+            lines.append(f"  It fits the variant {' or '.join(found)}: choose that model, or another file.")
+        raise UserError("\n".join(lines))
+    final = cfg.diffusion.dynamic_rescale
+    if final is not None and SCALE in tensors:
+        given = float(tensors[SCALE][-1])
+        others = [n for n, other in VARIANTS.items() if _near(other.diffusion.dynamic_rescale, given)]
+        if not _near(final, given) and others:
+            raise UserError(f"{source} rescales latents to {given:.2f}, as the variant {' or '.join(others)} does.")
+
+
+def _near(a: float | None, b: float) -> bool:
+    return a is not None and abs(a - b) < 1e-4
+
+
+def schedule_of(tensors: Mapping[str, Tensor], cfg: DiffusionConfig, source: str) -> Schedule:
+    """The configuration's schedule, or the file's own where it has one: that is what the model was trained with."""
+    own = make_schedule(**dataclasses.asdict(cfg))
+    if "alphas_cumprod" not in tensors:
+        return own
+    given = Schedule(tensors["alphas_cumprod"].float(), own.prediction, tensors.get(SCALE, own.scale))
+    differ = float((given.alphas_cumprod - own.alphas_cumprod).abs().max())
+    if given.scale is not None and own.scale is not None:
+        differ = max(differ, float((given.scale.float() - own.scale).abs().max()))
+    if differ > 1e-6:
+        warnings.warn(
+            f"{source}: its noise schedule differs from the variant's by up to {differ:.2g}; the file's is used",
+            stacklevel=2,
+        )
+    return given
+
+
+def released_buffers(cfg: DiffusionConfig) -> dict[str, Tensor]:
+    """Every schedule tensor of the released models (float32, computed in float64): to check a checkpoint against."""
+    betas = make_betas(cfg.num_timesteps, cfg.linear_start, cfg.linear_end, cfg.zero_terminal_snr)
+    alphas, bar = 1 - betas, (1 - betas).cumprod(0)
+    before = torch.cat([torch.ones(1, dtype=bar.dtype), bar[:-1]])
+    variance = betas * (1 - before) / (1 - bar)
+    velocity = cfg.prediction == "v"
+    zeros = torch.zeros_like(bar)
+    weights = torch.ones_like(bar) if velocity else betas**2 / (2 * variance * alphas * (1 - bar))
+    weights[0] = weights[1]
+    return {
+        name: values.float()
+        for name, values in {
+            "betas": betas,
+            "alphas_cumprod": bar,
+            "alphas_cumprod_prev": before,
+            "sqrt_alphas_cumprod": bar.sqrt(),
+            "sqrt_one_minus_alphas_cumprod": (1 - bar).sqrt(),
+            "log_one_minus_alphas_cumprod": (1 - bar).log(),
+            "sqrt_recip_alphas_cumprod": zeros if velocity else (1 / bar).sqrt(),
+            "sqrt_recipm1_alphas_cumprod": zeros if velocity else (1 / bar - 1).sqrt(),
+            "posterior_variance": variance,
+            "posterior_log_variance_clipped": variance.clamp(min=1e-20).log(),
+            "posterior_mean_coef1": betas * before.sqrt() / (1 - bar),
+            "posterior_mean_coef2": (1 - before) * alphas.sqrt() / (1 - bar),
+            "lvlb_weights": weights,
+        }.items()
+    }
+
+
+def read(path: Path, cfg: Config) -> dict[str, Tensor]:
+    """The tensors of a checkpoint under current names, checked; a PyTorch file is converted to safetensors once."""
+    if path.suffix == ".safetensors":
+        tensors = {released_name(key): value for key, value in load_tensors(path).items()}
+        check(tensors, cfg, str(path))
+        return tensors
+    status = path.stat() if path.is_file() else None
+    mark = hashlib.sha256(f"{path.resolve()} {status and (status.st_size, status.st_mtime_ns)}".encode()).hexdigest()
+    converted = cache_dir() / "converted" / f"{path.stem}-{mark[:16]}.safetensors"
+    if converted.is_file():
+        return read(converted, cfg)
+    tensors = {released_name(key): value for key, value in load_tensors(path).items()}
+    check(tensors, cfg, str(path))
+    needed, _ = layout(cfg)
+    kept = {key: value for key, value in tensors.items() if key in needed or key in (*BUFFERS, SCALE)}
+    size = sum(value.nbytes for value in kept.values())
+    converted.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(converted.parent).free
+    if free > 1.05 * size:
+        save_tensors(kept, converted, {"source": path.name})
+    else:
+        warnings.warn(
+            f"{path.name} is not converted to safetensors: that needs {human_size(size)} in {converted.parent}, "
+            f"{human_size(free)} are free. It loads more slowly so",
+            stacklevel=2,
+        )
+    return kept
+
+
+def load_networks(path: Path, cfg: Config) -> tuple[Networks, Schedule]:
+    """Networks with a checkpoint's weights (float32, on the CPU) and the schedule to sample with."""
+    tensors = read(path, cfg)
+    with torch.device("meta"):
+        networks = Networks(cfg)
+    needed = networks.state_dict()
+    networks.load_state_dict({key: tensors[key].float() for key in needed}, strict=True, assign=True)
+    return networks.eval().requires_grad_(False), schedule_of(tensors, cfg.diffusion, path.name)

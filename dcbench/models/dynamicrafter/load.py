@@ -1,0 +1,65 @@
+"""`load`: from a model card to a DynamiCrafter; the entry point of its cards."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from dcbench import weights
+from dcbench.catalogue import ModelCard
+from dcbench.errors import UserError
+from dcbench.models import diffusion
+from dcbench.models.base import Runtime
+from dcbench.models.dynamicrafter.config import Config, variant
+from dcbench.models.dynamicrafter.convert import load_networks
+from dcbench.models.dynamicrafter.networks import Networks
+from dcbench.models.dynamicrafter.pipeline import DynamiCrafter, Options, Sampling, settings
+
+PACKAGE = Path(__file__).parent
+
+
+def load(card: ModelCard, runtime: Runtime) -> DynamiCrafter:
+    """The model of a card. Everything cheap is checked before the weights are fetched and read.
+
+    The card's options, beside those of `Options`: `variant` (a preset's name) with the card's [[weights]]; or `folder`
+    (config.json and weights.safetensors, as `dcbench train` writes them; below this package, or any path); and
+    `random_seed` for a variant with random weights, which makes noise.
+    """
+    options = dict(card.options)
+    name, folder, seed = (options.pop(key, None) for key in ("variant", "folder", "random_seed"))
+    chosen: Options = settings(Options, options, "options")
+    sampling: Sampling = settings(Sampling, card.sampling, "sampling")
+    if (name is None) == (folder is None):
+        raise UserError(f"{card.name}: give options.variant (with weights) or options.folder, one of the two")
+    cfg = read_config(folder) if folder is not None else variant(name)
+    schedule = diffusion.make_schedule(**dataclasses.asdict(cfg.diffusion))
+    diffusion.ddim_steps(schedule, sampling.steps, sampling.spacing, sampling.eta)
+    if seed is not None:
+        networks = Networks.random(cfg, seed)
+    else:
+        networks, schedule = load_networks(_weights(card, folder, runtime.offline), cfg)
+    return DynamiCrafter(card, networks, schedule, sampling, chosen, runtime)
+
+
+def read_config(folder: Any) -> Config:
+    """The configuration in a folder's config.json."""
+    path = _folder(folder) / "config.json"
+    try:
+        return Config.from_dict(json.loads(path.read_text()))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}. `dcbench train` writes such a folder.") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+
+
+def _folder(folder: Any) -> Path:
+    inside = PACKAGE / str(folder)
+    return inside if inside.is_dir() else Path(str(folder)).expanduser()
+
+
+def _weights(card: ModelCard, folder: Any, offline: bool) -> Path:
+    if folder is not None:
+        return _folder(folder) / "weights.safetensors"
+    if not card.weights:
+        raise UserError(f"{card.name}: its card names no [[weights]]; options.random_seed tries it with random ones")
+    return weights.fetch(card.weights[0], offline)
