@@ -88,6 +88,17 @@ def describe(source: WeightSource) -> str:
     return "\n".join(lines)
 
 
+def check_free(source: WeightSource, folder: Path) -> None:
+    """Raise UserError when the disk of `folder` (made where needed) has no room for the file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if source.size and free < source.size * 1.05:
+        raise UserError(
+            f"{source.name} needs {human_size(source.size)} but only {human_size(free)} are free in {folder}. "
+            "Free some room, or set DCBENCH_CACHE (repositories of the hub: HF_HOME) to another disk."
+        )
+
+
 def fetch(source: WeightSource, offline: bool = False, to: Path | None = None) -> Path:
     """The file's path; downloaded (resumable) and checked first where that is needed and allowed."""
     folder = to or weights_dir()
@@ -98,17 +109,10 @@ def fetch(source: WeightSource, offline: bool = False, to: Path | None = None) -
     if here is not None and to is None:
         return here
     if offline or not (source.repository or source.url):
-        reason = "this run is offline" if offline and (source.repository or source.url) else "it cannot be downloaded"
-        raise MissingWeights(
-            f"weights are missing and {reason}.\n  {describe(source)}\n  Put the file at {weights_dir()}/{source.name}"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if source.size and free < source.size * 1.05:
-        raise UserError(
-            f"{source.name} needs {human_size(source.size)} but only {human_size(free)} are free in {folder}. "
-            "Free some room, or set DCBENCH_CACHE to another disk."
-        )
+        fetchable = bool(source.repository or source.url)
+        advice = "Fetch it first (dcbench weights fetch NAME, or --download), or put it at" if fetchable else "Put it at"
+        raise MissingWeights(f"weights are missing.\n  {describe(source)}\n  {advice} {weights_dir()}/{source.name}")
+    check_free(source, folder)
     got = _download(source, folder)
     if source.sha256 and (actual := sha256_file(got)) != source.sha256:
         got.unlink()
