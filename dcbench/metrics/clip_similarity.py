@@ -4,7 +4,6 @@ clip_text: mean over frames of cos(prompt, frame). clip_frames: mean of cos(fram
 maximises. clip_image: mean of cos(input image, frame). One encoder serves all three, and each frame is encoded once.
 """
 
-import warnings
 from collections.abc import Sequence
 from functools import cache, cached_property
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 from dcbench.catalogue import MetricCard
 from dcbench.errors import UserError, near_match
 from dcbench.metrics.base import FeatureExtractor
-from dcbench.metrics.i3d import is_torchscript, tensors_sha256
+from dcbench.metrics.i3d import is_torchscript, load_torchscript, tensors_sha256
 from dcbench.metrics.per_clip import PerClipMetric, RememberedFrames, check_inputs, cosine, to_pil
 from dcbench.weights import fetch, load_tensors
 
@@ -26,9 +25,7 @@ Kind = Literal["text", "frames", "image"]
 def load_clip(path: Path) -> dict[str, Tensor]:
     """A CLIP state dict from safetensors, a PyTorch checkpoint, or OpenAI's TorchScript archives; float32."""
     if is_torchscript(path):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch.jit is deprecated; OpenAI's files come in no other form
-            state = torch.jit.load(path, map_location="cpu").state_dict()
+        state = load_torchscript(path).state_dict()
         state = {k: v for k, v in state.items() if k not in ("input_resolution", "context_length", "vocab_size")}
     else:
         state = load_tensors(path)

@@ -60,6 +60,19 @@ def score_frechet(real: Tensor, generated: Tensor, groups: Sequence[str] | None 
     return Score(value, ci95, method, len(real), len(generated), warned, details)
 
 
+def score_frechet_infinity(real: Tensor, generated: Tensor, groups: Sequence[str] | None = None) -> Score:
+    """FVD extrapolated to infinitely many clips; the fitted curve stands in the details, ready to plot."""
+    real, generated = fn.check_features(real, generated)
+    blocks = _blocks(real, generated, groups)
+    fit = fn.frechet_infinity(real, generated, blocks)
+    details = {"sizes": list(fit.sizes), "values": list(fit.values), "coefficients": list(fit.coefficients)}
+    method = f"jackknife of the whole fit over {len(blocks)} blocks{_by(groups)}" if fit.ci95 else NO_INTERVAL
+    warned: tuple[str, ...] = ()
+    if min(len(real), len(generated)) < 512:
+        warned = (f"{min(len(real), len(generated))} clips: the extrapolation is rough; 512 or more make it steady",)
+    return Score(fit.value, fit.ci95, method, len(real), len(generated), warned, details)
+
+
 def score_kernel(
     real: Tensor,
     generated: Tensor,
@@ -117,6 +130,12 @@ class SetDistance:
 def build_fvd(card: MetricCard, runtime: Any) -> SetDistance:
     """Entry point of the `fvd` card; options: preprocessing."""
     return SetDistance(card, i3d_extractor(card.options.get("preprocessing", "squash"), runtime.device), score_frechet)
+
+
+def build_fvd_infinity(card: MetricCard, runtime: Any) -> SetDistance:
+    """Entry point of the `fvd_infinity` card; options: preprocessing."""
+    extractor = i3d_extractor(card.options.get("preprocessing", "squash"), runtime.device)
+    return SetDistance(card, extractor, score_frechet_infinity)
 
 
 def build_kvd(card: MetricCard, runtime: Any) -> SetDistance:

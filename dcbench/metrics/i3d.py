@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import os
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -255,15 +256,22 @@ def is_torchscript(path: Path) -> bool:
         return any("/code/" in name for name in archive.namelist())
 
 
+def load_torchscript(path: Path) -> Any:
+    """A TorchScript module on the CPU; the files that carry these weights come in no other form."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        try:
+            return torch.jit.load(path, map_location="cpu")
+        except RuntimeError as error:
+            raise UserError(f"{path} is no readable TorchScript file: {str(error).splitlines()[0]}") from error
+
+
 class TorchScriptI3d(nn.Module):
     """StyleGAN-V's file behind InceptionI3d's interface; its own resize and rescale stay off."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        try:
-            self.script = torch.jit.load(path, map_location="cpu").eval()
-        except RuntimeError as error:
-            raise UserError(f"{path} is no readable TorchScript file: {str(error).splitlines()[0]}") from error
+        self.script = load_torchscript(path).eval()
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[2] < MIN_FRAMES:
