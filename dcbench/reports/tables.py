@@ -1,0 +1,422 @@
+"""Tables of records: models x datasets x metrics. Pure functions; only comparable numbers are compared.
+
+Two numbers are comparable when dataset, metric, fingerprint, extractor and sample sizes are all equal; published ones
+when dataset, metric and protocol tag are. The best of several comparable numbers is bold; nothing else is.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from dcbench.catalogue import Card, MetricCard, ModelCard, cards
+from dcbench.errors import UserError
+from dcbench.record import Cost, Record, digest, read_cost, read_record
+
+ORDER = ("fvd", "fvd_infinity", "kvd", "pic", "clip_text", "clip_image", "clip_frames", "motion", "warp_error")
+LITTLE_MOTION = 0.1  # share of the real clips' motion below which a model is marked
+
+
+@dataclass(frozen=True)
+class Number:
+    """One measured or published number: a line of the CSV file."""
+
+    block: str  # the rows that it stands among: a protocol and its version, or "published, <protocol tag>"
+    model: str
+    dataset: str
+    metric: str
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    n_reference: int | None = None
+    n_generated: int | None = None
+    higher_is_better: bool | None = None
+    best: bool = False
+    published: bool = False
+    fingerprint: str = ""
+    source: str = ""
+    reason: str = ""  # why there is no value
+    ci_method: str = ""
+    extractor: str = ""
+    comparable: str = ""  # equal for numbers that may be compared; "" for none
+    run: str = ""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its record and what it cost."""
+
+    path: Path
+    record: Record
+    cost: Cost | None = None
+
+    @property
+    def title(self) -> str:
+        return str(self.record.plan.model.get("title") or self.record.plan.model["name"])
+
+    @property
+    def dataset(self) -> str:
+        plan = self.record.plan
+        return str(plan.dataset.get("title" if plan.dataset["name"] == "folder" else "name") or plan.dataset["name"])
+
+    @property
+    def block(self) -> str:
+        return f"{self.record.plan.protocol['name']} v{self.record.plan.protocol['version']}"
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether the model sees the clip that it is compared with."""
+        return "reference" in self.record.plan.model.get("conditions_on", ())
+
+    @property
+    def hardly_moves(self) -> bool:
+        motion = self.record.scores.get("motion")
+        of_real = motion.details.get("reference_value") if motion else None
+        return bool(motion and motion.value is not None and of_real and motion.value < LITTLE_MOTION * of_real)
+
+
+def load_runs(paths: Sequence[Path]) -> list[Run]:
+    """Records of run directories or record.json files, each once, in the order given."""
+    runs: dict[Path, Run] = {}
+    for path in paths:
+        directory = (path if path.is_dir() else path.parent).resolve()
+        runs.setdefault(directory, Run(path if path.is_dir() else path.parent, read_record(path), read_cost(path)))
+    if not runs:
+        raise UserError("no runs were given; expected run directories or record.json files")
+    return list(runs.values())
+
+
+def name_runs(runs: Sequence[Run]) -> dict[Path, str]:
+    """A label for each run: the model's title and, where several share it, what tells them apart."""
+    names: dict[Path, str] = {}
+    for run in runs:
+        alike = [
+            other for other in runs if (other.title, other.dataset, other.block) == (run.title, run.dataset, run.block)
+        ]
+        settings = {other.path: _settings(other) for other in alike}
+        mine = settings[run.path]
+        differing = [key for key in mine if len({repr(s.get(key)) for s in settings.values()}) > 1]
+        told_apart = len({tuple(repr(s.get(k)) for k in differing) for s in settings.values()}) == len(alike)
+        extra = [f"{key} {mine[key]}" for key in differing] if told_apart else [run.path.name]
+        names[run.path] = f"{run.title} ({', '.join(extra)})" if len(alike) > 1 else run.title
+    return names
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    plan = run.record.plan
+    values = {**plan.model.get("sampling", {}), **plan.model.get("options", {})}
+    return {**values, "seed": plan.seed, "clips": run.record.n_planned, "fingerprint": plan.fingerprint[:8]}
+
+
+def numbers(runs: Sequence[Run], models: Mapping[str, Card] | None = None) -> list[Number]:
+    """Every number of the runs, and the published ones on their datasets.
+
+    `models`: the cards whose published numbers are shown (default: the catalogue).
+    """
+    found = [number for run in runs for number in _measured(run, name_runs(runs)[run.path])]
+    directions = {
+        name: card.higher_is_better for name, card in cards("metrics").items() if isinstance(card, MetricCard)
+    }
+    datasets = {run.dataset for run in runs}
+    for card in (models if models is not None else cards("models")).values():
+        for entry in card.published if isinstance(card, ModelCard) else ():
+            if entry.dataset in datasets:
+                found.append(
+                    Number(
+                        block=f"published, {entry.protocol}",
+                        model=card.title,
+                        dataset=entry.dataset,
+                        metric=entry.metric,
+                        value=entry.value,
+                        higher_is_better=directions.get(entry.metric),
+                        published=True,
+                        source=entry.source + (" (quoted)" if entry.status == "secondary" else ""),
+                        comparable=f"published/{entry.dataset}/{entry.metric}/{entry.protocol}",
+                    )
+                )
+    return _mark_best(found)
+
+
+def _measured(run: Run, label: str) -> Iterator[Number]:
+    for metric, score in run.record.scores.items():
+        low, high = score.ci95 or (None, None)
+        known = [run.dataset, metric, score.fingerprint, score.extractor, score.n_reference, score.n_generated]
+        yield Number(
+            block=run.block,
+            model=label,
+            dataset=run.dataset,
+            metric=metric,
+            value=score.value,
+            low=low,
+            high=high,
+            n_reference=score.n_reference,
+            n_generated=score.n_generated,
+            higher_is_better=score.higher_is_better,
+            fingerprint=score.fingerprint,
+            reason=score.reason or "",
+            ci_method=score.ci_method,
+            extractor=", ".join(f"{key} {value}" for key, value in score.extractor.items() if value),
+            comparable="" if score.value is None or run.is_bound else digest(known),
+            run=run.path.name,
+        )
+
+
+def _mark_best(found: list[Number]) -> list[Number]:
+    """Mark the best of several comparable values; ties share it, and a group of equal values has no best."""
+    groups: dict[str, list[float]] = defaultdict(list)
+    for number in found:
+        if number.comparable and number.value is not None and number.higher_is_better is not None:
+            groups[number.comparable].append(number.value)
+    marked = []
+    for number in found:
+        values = groups.get(number.comparable, [])
+        if len(set(values)) > 1:
+            number = replace(number, best=number.value == (max(values) if number.higher_is_better else min(values)))
+        marked.append(number)
+    return marked
+
+
+def to_csv(found: Sequence[Number]) -> str:
+    return pd.DataFrame([asdict(number) for number in found]).to_csv(index=False, lineterminator="\n")
+
+
+# --- layout -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cell:
+    text: str
+    bold: bool = False
+    notes: tuple[int, ...] = ()
+
+
+@dataclass
+class Table:
+    """A table ready to be written in any notation: blocks of rows, each row a label and its cells."""
+
+    columns: list[tuple[str, str]]  # (dataset, heading)
+    blocks: list[tuple[str, list[tuple[Cell, list[Cell]]]]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, text: str) -> int:
+        """The number of a footnote; equal texts share one."""
+        if text not in self.notes:
+            self.notes.append(text)
+        return self.notes.index(text) + 1
+
+
+def show_value(value: float) -> str:
+    """As papers print these metrics: two decimals from 10 on, four below; an exponent for the tiny ones."""
+    size = abs(value)
+    return f"{value:.2f}" if size >= 10 else f"{value:.4f}" if size >= 1e-3 or size < 5e-7 else f"{value:.1e}"
+
+
+def layout(runs: Sequence[Run], found: Sequence[Number]) -> Table:
+    """Arrange `numbers`: measured blocks first, then published ones under their own tags."""
+    columns: list[tuple[str, str]] = []  # (dataset, metric); metric "" = the sample size
+    for dataset in dict.fromkeys(number.dataset for number in found):
+        present = {number.metric for number in found if number.dataset == dataset and number.value is not None}
+        columns += [(dataset, metric) for metric in sorted(present, key=_rank)] + [(dataset, "")]
+    table = Table([(dataset, _heading(metric, found)) for dataset, metric in columns])
+    labels = name_runs(runs)
+    blocks: dict[str, dict[str, list[Number]]] = {}
+    for number in sorted(found, key=lambda number: (number.published, number.block)):
+        blocks.setdefault(number.block, {}).setdefault(number.model, []).append(number)
+    for block, models in blocks.items():
+        rows = []
+        for model, line in models.items():
+            own = [run for run in runs if labels[run.path] == model and run.block == block]
+            rows.append(
+                (_label(model, own, table), [_cell(line, dataset, metric, table) for dataset, metric in columns])
+            )
+        table.blocks.append((block, rows))
+    _explain(runs, found, table)
+    return table
+
+
+def _rank(metric: str) -> tuple[int, str]:
+    return (ORDER.index(metric) if metric in ORDER else len(ORDER), metric)
+
+
+def _title(metric: str) -> str:
+    card = cards("metrics").get(metric)
+    return card.title if card else metric
+
+
+def _heading(metric: str, found: Sequence[Number]) -> str:
+    if not metric:
+        return "N"
+    directions = [n.higher_is_better for n in found if n.metric == metric and n.higher_is_better is not None]
+    return f"{_title(metric)} {'↑' if directions[0] else '↓'}" if directions else _title(metric)
+
+
+def _label(model: str, own: Sequence[Run], table: Table) -> Cell:
+    notes = []
+    if any(run.is_bound for run in own):
+        notes.append(table.note("Returns the reference clip itself: the bound of the metrics, no contestant."))
+    if any(run.hardly_moves for run in own):
+        notes.append(
+            table.note(
+                "Moves less than a tenth as much as the real clips: a near-still clip gets good FVD and PIC easily."
+            )
+        )
+    return Cell(model, notes=tuple(notes))
+
+
+def _cell(line: Sequence[Number], dataset: str, metric: str, table: Table) -> Cell:
+    if not metric:
+        return _size_cell([number for number in line if number.dataset == dataset], table)
+    number = next((number for number in line if (number.dataset, number.metric) == (dataset, metric)), None)
+    if number is None:
+        return Cell("")
+    if number.value is None:
+        return Cell("–", notes=(table.note(_first_line(number.reason or "not computed")),))
+    text = show_value(number.value)
+    if number.low is not None and number.high is not None:
+        text += f" [{show_value(number.low)}, {show_value(number.high)}]"
+    notes = (table.note(f"Source: {number.source}."),) if number.source else ()
+    return Cell(text, number.best, notes)
+
+
+def _size_cell(line: Sequence[Number], table: Table) -> Cell:
+    """The sample size, with a footnote that names the fingerprint of what was scored."""
+    scored = [number for number in line if number.value is not None and not number.published]
+    if not scored:
+        return Cell("")
+    pairs = {(number.n_reference, number.n_generated) for number in scored}
+    sizes = sorted({str(made) if real in (made, 0) else f"{made} vs {real}" for real, made in pairs})
+    prints = dict.fromkeys((number.fingerprint, number.block) for number in scored)
+    notes = [
+        table.note(f"Fingerprint {p} ({block}): comparable with the same fingerprint only.") for p, block in prints
+    ]
+    return Cell(" / ".join(sizes), notes=tuple(notes))
+
+
+def _explain(runs: Sequence[Run], found: Sequence[Number], table: Table) -> None:
+    """Footnotes that belong to no cell: intervals, extractors, lost clips, metrics that nobody could compute."""
+    labels = name_runs(runs)
+    methods = sorted({number.ci_method for number in found if number.low is not None and number.ci_method})
+    if methods:
+        table.note(f"[low, high]: 95 % interval ({'; '.join(methods)}).")
+    valued = {number.metric for number in found if number.value is not None}
+    for number in sorted((n for n in found if not n.published), key=lambda n: _rank(n.metric)):
+        if number.metric not in valued:
+            table.note(f"{_title(number.metric)} is not computed: {_first_line(number.reason)}")
+        elif number.value is not None and number.extractor:
+            table.note(f"{_title(number.metric)}: {number.extractor}.")
+    for run in runs:
+        lost = {failure.id: failure.reason for failure in run.record.failures}
+        if lost:
+            first = next(iter(lost))
+            table.note(
+                f"{labels[run.path]} on {run.dataset}: {len(lost)} clips are lost and not counted, "
+                f"for example {first} ({_first_line(lost[first])})."
+            )
+        short = sum(entry.rule == "short" for entry in run.record.plan.excluded)
+        if short:
+            table.note(f"{run.dataset}: {short} videos are too short for the protocol and were replaced.")
+        for metric, score in sorted(run.record.scores.items()):
+            for warning in score.warnings:
+                table.note(f"{_title(metric)}: {_first_line(warning)}")
+    if any(number.published for number in found):
+        table.note("Published numbers were not measured here; compare them only within their own block.")
+
+
+def _first_line(text: str) -> str:
+    return text.strip().split("\n")[0].strip()
+
+
+# --- notations --------------------------------------------------------------------------------------------------------
+
+
+def to_markdown(table: Table) -> str:
+    several = len({dataset for dataset, _ in table.columns}) > 1
+    headings = [f"{dataset} {heading}" if several else heading for dataset, heading in table.columns]
+
+    def show(cell: Cell) -> str:
+        text = _markdown(cell.text)
+        marks = "".join(f"[{n}]" for n in cell.notes)
+        head, space, interval = text.partition(" [")
+        return (f"**{head}**{space}{interval}" if cell.bold else text) + (f" {marks}" if marks else "")
+
+    lines: list[list[str]] = []
+    for block, rows in table.blocks:
+        lines.append([f"*{_markdown(block)}*", *[""] * len(headings)])
+        lines += [[show(label), *map(show, cells)] for label, cells in rows]
+    frame = pd.DataFrame(lines, columns=pd.Index(["Model", *map(_markdown, headings)]))
+    text = frame.to_markdown(index=False, disable_numparse=True)
+    notes = "\n".join(f"[{n}] {_markdown(note)}  " for n, note in enumerate(table.notes, 1))
+    caption = "" if several else f"Dataset: {_markdown(table.columns[0][0])}\n\n" if table.columns else ""
+    return f"{caption}{text}\n\n{notes}".rstrip() + "\n"
+
+
+def _markdown(text: str) -> str:
+    """Text that names and reasons cannot break out of."""
+    for char in "\\|*`":
+        text = text.replace(char, f"\\{char}")
+    return text.replace("<", "&lt;").replace(">", "&gt;").replace("\r", " ").replace("\n", " ")
+
+
+TEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+    "↑": r"$\uparrow$", "↓": r"$\downarrow$", "∞": r"$\infty$", "–": "--", "×": r"$\times$", "λ": r"$\lambda$",
+    "≥": r"$\geq$", "\n": " ", "\r": " ",
+}  # fmt: skip
+
+
+def tex(text: str) -> str:
+    return "".join(TEX.get(char, char) for char in text)
+
+
+def to_latex(table: Table) -> str:
+    """A booktabs table with its footnotes below; needs \\usepackage{booktabs} and nothing else."""
+
+    def show(cell: Cell) -> str:
+        marks = ",".join(map(str, cell.notes))
+        value, space, interval = tex(cell.text).partition(" [")
+        value = f"\\textbf{{{value}}}" if cell.bold else value
+        return value + (f" {{\\scriptsize [{interval}}}" if space else "") + (f"$^{{{marks}}}$" if marks else "")
+
+    several = len({dataset for dataset, _ in table.columns}) > 1
+    pairs = [("", "Model"), *((tex(dataset) if several else "", tex(heading)) for dataset, heading in table.columns)]
+    columns = pd.MultiIndex.from_tuples(pairs) if several else pd.Index([heading for _, heading in pairs])
+    lines: list[list[str]] = []
+    for block, rows in table.blocks:
+        lines.append([f"\\emph{{{tex(block)}}}", *[""] * len(table.columns)])
+        lines += [[show(label), *map(show, cells)] for label, cells in rows]
+    # Two columns may share a heading, which pandas' Styler refuses: number them, and put the headings in afterwards.
+    frame = pd.DataFrame(lines, columns=columns)
+    frame = frame if frame.columns.is_unique else frame.set_axis(range(len(pairs)), axis=1)
+    body = frame.style.hide(axis="index").to_latex(
+        hrules=True, column_format="l" + "c" * len(table.columns), multicol_align="c"
+    )
+    first, *rest = body.split("\n\\emph{")
+    body = first + "".join(
+        f"\n{'' if n == 0 else chr(92) + 'midrule' + chr(10)}\\emph{{{part}" for n, part in enumerate(rest)
+    )
+    notes = "".join(f"$^{{{n}}}$ {tex(note)}\\\\\n" for n, note in enumerate(table.notes, 1))
+    return f"{body.rstrip()}\n\n{{\\footnotesize\\raggedright\n{notes}}}\n"
+
+
+def cost_table(runs: Sequence[Run]) -> str:
+    """What the runs took, as Markdown; '' when none tells."""
+    names = name_runs(runs)
+    lines = [
+        [
+            _markdown(names[run.path]),
+            run.dataset,
+            show_value(run.cost.seconds_per_clip),
+            f"{run.cost.peak_memory_mb:.0f}" if run.cost.peak_memory_mb is not None else "",
+            _markdown(f"{run.cost.device}, {run.cost.dtype}, {run.cost.hardware}"),
+        ]
+        for run in runs
+        if run.cost is not None and run.cost.seconds_per_clip is not None
+    ]
+    if not lines:
+        return ""
+    headings = ["Model", "Dataset", "Seconds a clip", "Peak memory, MB", "On"]
+    return pd.DataFrame(lines, columns=pd.Index(headings)).to_markdown(index=False, disable_numparse=True) + "\n"
