@@ -117,6 +117,7 @@ class DynamiCrafter:
         self._predict: Callable[..., Tensor] = networks.unet
         if self.options.compile:
             self._predict = torch.compile(networks.unet, mode="reduce-overhead" if self.device.type == "cuda" else None)
+        self.empty_tokens = conditioning.tokenize([""], self.cfg.clip)
         self._unconditional: dict[str, Tensor] = {}
 
     @property
@@ -187,8 +188,7 @@ class DynamiCrafter:
         """Text tokens of the empty prompt [1, 77, d]; computed once a model."""
         if "text" not in self._unconditional:
             with self._on_device(self.networks.cond_stage_model) as encoder:
-                tokens = conditioning.tokenize([""], self.cfg.clip)
-                self._unconditional["text"] = encoder(tokens.to(self.device)).float()
+                self._unconditional["text"] = encoder(self.empty_tokens.to(self.device)).float()
         return self._unconditional["text"]
 
     def _none(self, batch: int) -> Tensor:
