@@ -109,9 +109,12 @@ def fetch(source: WeightSource, offline: bool = False, to: Path | None = None) -
     if here is not None and to is None:
         return here
     if offline or not (source.repository or source.url):
-        fetchable = bool(source.repository or source.url)
-        advice = "Fetch it first (dcbench weights fetch NAME, or --download), or put it at" if fetchable else "Put it at"
-        raise MissingWeights(f"weights are missing.\n  {describe(source)}\n  {advice} {weights_dir()}/{source.name}")
+        place = "into $DCBENCH_WEIGHTS (~/.cache/dcbench/weights where that is not set)"
+        how = "dcbench weights fetch NAME, or --download, or put it " if source.repository or source.url else "put it "
+        brief = f"{human_size(source.size)}, licence: {source.licence or 'not stated'}"
+        raise MissingWeights(f"{source.name} is missing ({brief}). Get it: {how}{place}\n  {describe(source)}")
+    if Path(source.name).is_absolute() or ".." in Path(source.name).parts:
+        raise UserError(f"{source.name}: a download must stay below {folder}; give the file a plain name in its card")
     check_free(source, folder)
     got = _download(source, folder)
     if source.sha256 and (actual := sha256_file(got)) != source.sha256:
