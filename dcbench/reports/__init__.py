@@ -1,14 +1,28 @@
-"""Reports: tables, figures and a gallery, made from the records of runs and from nothing else."""
+"""Reports: tables, figures and a page of clips, made from the records and clips of runs and from nothing else."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from dcbench.record import write_text
-from dcbench.reports.tables import cost_table, layout, load_runs, numbers, to_csv, to_latex, to_markdown
+from dcbench.reports.figures import cost_plot, frame_grid
+from dcbench.reports.page import ClipSource, group_runs, spread, write_page
+from dcbench.reports.tables import (
+    Run,
+    cost_table,
+    layout,
+    load_runs,
+    name_runs,
+    numbers,
+    to_csv,
+    to_latex,
+    to_markdown,
+)
+
+GRIDS = 2  # clips shown as frames, for each fingerprint
 
 
 def write_report(runs: Sequence[Path], to: Path) -> str:
-    """Write table.md, table.tex and table.csv of the runs to a folder; returns the table for the screen."""
+    """Write table.md, table.tex, table.csv, figures and index.html to a folder; returns the table for the screen."""
     loaded = load_runs(runs)
     found = numbers(loaded)
     table = layout(loaded, found)
@@ -17,4 +31,44 @@ def write_report(runs: Sequence[Path], to: Path) -> str:
     write_text(to / "table.md", text + (f"\n{costs}" if costs else ""))
     write_text(to / "table.tex", to_latex(table))
     write_text(to / "table.csv", to_csv(found))
+    write_page(loaded, table, [*_grids(loaded, to), *_costs(loaded, to)], to)
     return text
+
+
+def _grids(runs: Sequence[Run], to: Path) -> list[tuple[str, str]]:
+    """Frames of a few clips, reference above and a row for each run."""
+    figures = []
+    labels = name_runs(runs)
+    for group in group_runs(runs):
+        source = ClipSource(group)
+        for item in spread(source.items, GRIDS):
+            clips = source.read(item)
+            rows = [("reference", clips.reference)] if clips.reference is not None else []
+            rows += [(labels[run.path], clips.generated[run.path]) for run in group if run.path in clips.generated]
+            if rows:
+                file = f"frames-{len(figures) + 1}.png"
+                frame_grid(to / file, rows, clips.image, f"{item.id}: {item.prompt}" if item.prompt else item.id)
+                figures.append((file, f"{item.id}: {item.prompt}"))
+    return figures
+
+
+def _costs(runs: Sequence[Run], to: Path) -> list[tuple[str, str]]:
+    """FVD against seconds a clip, for each fingerprint with several runs that tell both."""
+    figures = []
+    labels = name_runs(runs)
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        score = run.record.scores.get("fvd")
+        if score and score.value is not None and run.cost and run.cost.seconds_per_clip and not run.is_bound:
+            groups.setdefault((run.dataset, score.fingerprint), []).append(run)
+    for (dataset, fingerprint), group in groups.items():
+        points = []
+        for run in group:
+            score, cost = run.record.scores["fvd"], run.cost
+            if score.value is not None and cost is not None and cost.seconds_per_clip:
+                points.append((labels[run.path], cost.seconds_per_clip, score.value, score.ci95))
+        if len(points) > 1:
+            file = f"cost-{len(figures) + 1}.png"
+            cost_plot(to / file, points, "FVD (lower is better)")
+            figures.append((file, f"Quality against cost on {dataset}, fingerprint {fingerprint}, 95 % intervals"))
+    return figures

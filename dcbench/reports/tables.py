@@ -4,6 +4,7 @@ Two numbers are comparable when dataset, metric, fingerprint, extractor and samp
 when dataset, metric and protocol tag are. The best of several comparable numbers is bold; nothing else is.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -302,11 +303,14 @@ def _explain(runs: Sequence[Run], found: Sequence[Number], table: Table) -> None
     if methods:
         table.note(f"[low, high]: 95 % interval ({'; '.join(methods)}).")
     valued = {number.metric for number in found if number.value is not None}
+    by_text: dict[str, list[str]] = {}  # one footnote for all metrics that share an extractor or a reason
     for number in sorted((n for n in found if not n.published), key=lambda n: _rank(n.metric)):
         if number.metric not in valued:
-            table.note(f"{_title(number.metric)} is not computed: {_first_line(number.reason)}")
+            by_text.setdefault(f"not computed: {_first_line(number.reason)}", []).append(_title(number.metric))
         elif number.value is not None and number.extractor:
-            table.note(f"{_title(number.metric)}: {number.extractor}.")
+            by_text.setdefault(f"{_shorten(number.extractor)}.", []).append(_title(number.metric))
+    for text, titles in by_text.items():
+        table.note(f"{', '.join(dict.fromkeys(titles))}: {text}")
     for run in runs:
         lost = {failure.id: failure.reason for failure in run.record.failures}
         if lost:
@@ -323,6 +327,11 @@ def _explain(runs: Sequence[Run], found: Sequence[Number], table: Table) -> None
                 table.note(f"{_title(metric)}: {_first_line(warning)}")
     if any(number.published for number in found):
         table.note("Published numbers were not measured here; compare them only within their own block.")
+
+
+def _shorten(extractor: str) -> str:
+    """Hashes by their first twelve digits; the CSV file has all of them."""
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{20,}\b", r"\1", extractor).removeprefix("name ").replace("_", " ")
 
 
 def _first_line(text: str) -> str:
