@@ -50,6 +50,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done,
 
 def main() -> None:
     """Entry point: errors for the user without a traceback, Ctrl-C without noise."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads starve decoding and neighbours
     try:
         app()
     except UserError as error:
