@@ -225,9 +225,16 @@ def report(
 ) -> None:
     """Merge runs into one table (Markdown, LaTeX, CSV, HTML) beside the published numbers."""
     if compare:
-        from dcbench.reports import compare_runs
+        if len(runs) != 2:
+            raise UserError(f"--compare takes two runs; {len(runs)} were given")
+        from dcbench.analysis import compare as comparing
+        from dcbench.record import write_text
 
-        print(compare_runs(runs))
+        found, adjusted = comparing.compare_runs(runs[0], runs[1], _options("auto", None, 1, download=False))
+        text = comparing.to_markdown(found, adjusted, [path.name for path in runs])
+        write_text(out / "compare.md", text)
+        write_text(out / "compare.json", comparing.to_json(found, adjusted))
+        print(f"{text}\nreport: {out}")
         return
     _report(runs, out)
 

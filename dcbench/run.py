@@ -316,13 +316,16 @@ def sample(job: Job, options: Options) -> None:
         missing = [entry for entry in job.manifest if entry.id not in finished]
         if missing:
             _check_room(job, missing)
-            model: ImageToVideo = load_entry_point(job.model)(job.model, options.runtime())
+            runtime = options.runtime()
+            model: ImageToVideo = load_entry_point(job.model)(job.model, runtime)
             _check_model(model, missing)
             mine = missing[rank() :: world_size()]
             batches = [mine[i : i + options.batch_size] for i in range(0, len(mine), options.batch_size)]
             done = len(job.manifest) - len(missing)
             quiet = options.quiet or rank() > 0
-            for _ in track(_sample_batches(job, model, batches), len(mine) + done, "generating", done, quiet):
+            facts = {"device": runtime.device, "dtype": runtime.dtype or "float32", "hardware": hardware(runtime)}
+            facts |= getattr(model, "facts", {})  # what a model alone knows: its precision, its weights
+            for _ in track(_sample_batches(job, model, batches, facts), len(mine) + done, "generating", done, quiet):
                 pass
         barrier()
 
@@ -343,7 +346,9 @@ def _check_room(job: Job, missing: Sequence[ManifestItem]) -> None:
         )
 
 
-def _sample_batches(job: Job, model: ImageToVideo, batches: Sequence[Sequence[ManifestItem]]) -> Iterator[str]:
+def _sample_batches(
+    job: Job, model: ImageToVideo, batches: Sequence[Sequence[ManifestItem]], facts: dict[str, str]
+) -> Iterator[str]:
     with_reference = "reference" in model.conditions_on
 
     def read(batch: Sequence[ManifestItem]) -> list[Request | UserError]:
@@ -377,6 +382,7 @@ def _sample_batches(job: Job, model: ImageToVideo, batches: Sequence[Sequence[Ma
                     "shape": list(clip.shape),
                     "seconds": round(seconds / len(requests), 4),
                     "peak_memory_mb": round(peak_memory_mb(), 1),
+                    **facts,
                 }
             )
         yield from (entry.id for entry in batch)
@@ -432,25 +438,25 @@ def score(job: Job, options: Options, metrics: Sequence[str] | None = None) -> R
     start = time.perf_counter()
     held = job.directory.locked() if rank() == 0 else contextlib.nullcontext()
     with held:
-        runtime = options.runtime()
-        built = scoring.build_metrics(scoring.choose_metrics(metrics), runtime, explicit=bool(metrics))
-        finished = job.directory.finished_samples()
-        cache = FeatureCache()
-        mine = job.manifest[rank() :: world_size()]
-        decoders: dict[str, str] = {}
-        pairs = [_pair(job, entry, finished.get(entry.id), decoders) for entry in mine]
-        extracted = scoring.Extracted()
-        quiet = options.quiet or rank() > 0
-        for part in track(scoring.extract(pairs, built, cache), len(pairs), "scoring", quiet=quiet):
-            extracted.merge(part)
-        whole, all_decoders = scoring.Extracted(), {}
-        for part, of_rank in gather((extracted, decoders)):
-            whole.merge(part)
-            all_decoders.update(of_rank)
+        built = scoring.build_metrics(scoring.choose_metrics(metrics), options.runtime(), explicit=bool(metrics))
+        extracted = extract(job, options, built, FeatureCache())
         seconds = time.perf_counter() - start
-        return on_first_rank(
-            lambda: _finish(job, options, built, whole, finished, Counter(all_decoders.values()), seconds)
-        )
+        return on_first_rank(lambda: _finish(job, options, built, extracted, seconds))
+
+
+def extract(job: Job, options: Options, built: scoring.Metrics, cache: FeatureCache | None) -> scoring.Extracted:
+    """Features and per-clip values of all clips of a run, each rank doing its share; the whole on every rank."""
+    finished = job.directory.finished_samples()
+    mine = job.manifest[rank() :: world_size()]
+    extracted = scoring.Extracted()
+    pairs = [_pair(job, entry, finished.get(entry.id), extracted.decoders) for entry in mine]
+    quiet = options.quiet or rank() > 0
+    for part in track(scoring.extract(pairs, built, cache), len(pairs), "scoring", quiet=quiet):
+        extracted.merge(part)
+    whole = scoring.Extracted()
+    for part in gather(extracted):
+        whole.merge(part)
+    return whole
 
 
 def _pair(job: Job, entry: ManifestItem, row: dict[str, Any] | None, decoders: dict[str, str]) -> scoring.Pair:
@@ -474,16 +480,19 @@ def _finish(
     options: Options,
     built: scoring.Metrics,
     extracted: scoring.Extracted,
-    finished: dict[str, dict[str, Any]],
-    decoders: dict[str, int],
     seconds: float,
 ) -> Record:
+    finished = job.directory.finished_samples()
     order = [entry.id for entry in job.manifest]
     scores = scoring.score(extracted, built, job.plan.fingerprint, order)
+    rows = scoring.per_clip_rows(extracted, order)
+    clips_sha256 = record.digest([[i, finished[i]["sha256"]] for i in order if i in finished], 64)
     if job.directory.record.is_file():  # keep what an earlier call scored with other metrics on the same clips
-        with contextlib.suppress(UserError):
-            before = record.read_record(job.directory.path)
+        before = record.read_record(job.directory.path)
+        if before.clips_sha256 == clips_sha256:
             scores = {name: value for name, value in before.scores.items() if name not in scores} | scores
+            old = {row["id"]: row for row in record.read_jsonl(job.directory.per_clip)}
+            rows = [_merge_row(old.get(row["id"], {}), row) for row in rows]
     failures = sorted(extracted.failures, key=lambda failure: failure.id)
     failures += [Failure(id=lost.id, reason=lost.reason) for lost in job.plan.excluded if lost.rule == "unreadable"]
     result = Record(
@@ -492,13 +501,18 @@ def _finish(
         n_planned=len(order),
         n_scored=len(order) - len(extracted.failures),
         failures=failures,
-        clips_sha256=record.digest([[i, finished[i]["sha256"]] for i in order if i in finished], 64),
-        decoders=dict(sorted(decoders.items())),
+        clips_sha256=clips_sha256,
+        decoders=dict(sorted(Counter(extracted.decoders.values()).items())),
     )
-    job.directory.write_per_clip(scoring.per_clip_rows(extracted, order))
+    job.directory.write_per_clip(rows)
     record.write_json(job.directory.record, result)
     record.write_json(job.directory.cost, _cost(job, options, finished, seconds))
     return result
+
+
+def _merge_row(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    reference = old.get("reference", {}) | new.get("reference", {})
+    return old | new | ({"reference": reference} if reference else {})
 
 
 def _cost(job: Job, options: Options, finished: dict[str, dict[str, Any]], seconds: float) -> Cost:
@@ -510,15 +524,24 @@ def _cost(job: Job, options: Options, finished: dict[str, dict[str, Any]], secon
         peak_memory_mb=max((row["peak_memory_mb"] for row in rows), default=None),
         sample_seconds=sum(per_clip),
         score_seconds=seconds,
-        device=runtime.device,
-        dtype=runtime.dtype or "float32",
-        hardware=torch.cuda.get_device_name()
-        if runtime.device.startswith("cuda")
-        else platform.processor() or platform.machine(),
+        device=", ".join(_seen(rows, "device")) or runtime.device,
+        dtype=", ".join(_seen(rows, "dtype")),
+        hardware=", ".join(_seen(rows, "hardware")) or hardware(runtime),
         git_commit=_git_commit(),
         finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        details={"steps": job.model.sampling.get("steps")},
+        details={"steps": job.model.sampling.get("steps"), "weights": _seen(rows, "weights")},
     )
+
+
+def _seen(rows: Sequence[dict[str, Any]], key: str) -> list[str]:
+    """The values that the samples name: clips may have been made on another machine than they are scored on."""
+    return sorted({row[key] for row in rows if row.get(key)})
+
+
+def hardware(runtime: Runtime) -> str:
+    if runtime.device.startswith("cuda"):
+        return torch.cuda.get_device_name(runtime.device)
+    return platform.processor() or platform.machine()
 
 
 def _git_commit() -> str:

@@ -48,6 +48,7 @@ class Extracted:
     reference_values: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     groups: dict[str, str] = field(default_factory=dict)
     pixels: dict[str, list[str]] = field(default_factory=dict)  # clip id -> hashes of [reference, generated]
+    decoders: dict[str, str] = field(default_factory=dict)  # clip id -> what read the reference
     failures: list[record.Failure] = field(default_factory=list)
 
     def merge(self, other: "Extracted") -> None:
@@ -57,6 +58,7 @@ class Extracted:
                 mine.setdefault(key, {}).update(table)
         self.groups.update(other.groups)
         self.pixels.update(other.pixels)
+        self.decoders.update(other.decoders)
         self.failures.extend(other.failures)
 
 
