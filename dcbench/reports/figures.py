@@ -41,7 +41,7 @@ def frame_grid(
     side = 1.25
     figure = Figure(figsize=(side * columns + 1.3, (side * aspect + 0.06) * len(clips) + 0.55), dpi=150)
     axes = figure.subplots(len(clips), columns, squeeze=False)
-    for (label, clip), line in zip(clips, axes, strict=True):
+    for row, ((label, clip), line) in enumerate(zip(clips, axes, strict=True)):
         chosen = np.linspace(0, clip.shape[0] - 1, frames).round().astype(int)
         pictures = [(f"frame {i}", clip[i]) for i in chosen]
         if image is not None:
@@ -52,7 +52,7 @@ def frame_grid(
             axis.set_yticks([])
             for spine in axis.spines.values():
                 spine.set_visible(False)
-            if line is axes[0]:
+            if row == 0:
                 axis.set_title(name, fontsize=7, pad=3)
         line[0].set_ylabel(_wrap(_plain(label), 16), fontsize=7, rotation=0, ha="right", va="center", labelpad=4)
     figure.suptitle(_wrap(_plain(title), 110), fontsize=8)

@@ -1,4 +1,4 @@
-// All videos run on one clock: it plays rows in view, and puts a video back when it has drifted by half a frame.
+// All videos run on one clock: rows in view play, and one that drifts runs a little faster or slower until it is back.
 "use strict";
 const rows = [...document.querySelectorAll(".row")].map((row) => ({
   row,
@@ -15,17 +15,16 @@ if (rows.length) {
   let time = 0;
   let last = 0;
 
-  const place = (entry, video) => {
-    const length = entry.frames / entry.fps;
-    const frame = Math.floor((time % length) * entry.fps + 1e-6);
-    return (frame + 0.5) / entry.fps;
-  };
   const put = (entry, force) => {
+    const length = entry.frames / entry.fps;
+    const wanted = time % length;
+    const speed = Number(byId("speed").value);
     for (const video of entry.videos) {
-      const length = entry.frames / entry.fps;
-      const apart = Math.abs(video.currentTime - (time % length));
-      if (force) video.currentTime = place(entry, video);
-      else if (Math.min(apart, length - apart) > 0.5 / entry.fps + 0.08) video.currentTime = time % length;
+      let late = wanted - video.currentTime;
+      late -= length * Math.round(late / length); // the loop is a circle
+      if (force) video.currentTime = (Math.floor(wanted * entry.fps + 1e-6) + 0.5) / entry.fps;
+      else if (Math.abs(late) > 0.25) video.currentTime = wanted;
+      else video.playbackRate = speed * (1 + Math.max(-0.15, Math.min(0.15, 2 * late)));
     }
   };
   const show = (force) => {

@@ -1,0 +1,171 @@
+"""Figures and the page: made from real small runs, safe against any caption, complete without a network."""
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dcbench.record import Cost, ManifestItem, Plan, Record, Score, write_json, write_manifest, write_text
+from dcbench.reports import write_report
+from dcbench.reports.figures import Curve, cost_plot, curves, frame_grid
+from dcbench.reports.page import spread
+from dcbench.video import probe, write_lossless
+
+NASTY = "<script>alert(1)</script> \"'&{{ 7*7 }} $x^{2 ünï 漢字"
+
+
+def clip(seed: int, frames: int = 16, size: int = 32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    small = torch.randint(0, 256, (1, 3, 4, 4), dtype=torch.uint8, generator=generator).float()
+    whole = torch.nn.functional.interpolate(small, (size, size), mode="nearest").to(torch.uint8)
+    return torch.cat([whole.roll(i, 3) for i in range(frames)])
+
+
+def make_run(path: Path, title: str, prompt: str = "a prompt", clips: int = 3, fingerprint: str = "f00d") -> Path:
+    """A finished run whose dataset is gone."""
+    items = [
+        ManifestItem(id=f"v{n:02d}", video=f"v{n:02d}.mp4", frames=list(range(16)), fps=8, frame_stride=3,
+                     prompt=prompt, caption_index=0, seed=n)
+        for n in range(clips)
+    ]  # fmt: skip
+    write_manifest(path / "manifest.jsonl", items)
+    plan = Plan(
+        dcbench="0", model={"name": "m", "title": title, "summary": "s"}, seed=1, limit=None, fingerprint=fingerprint,
+        dataset={"name": "folder", "title": "My <videos>", "summary": "s", "entry_point": "a:b"},
+        protocol={"name": "smoke", "version": 1, "title": "t", "summary": "s", "split": "all", "num_clips": 3,
+                  "num_frames": 16, "frame_stride": 3, "height": 32, "width": 32},
+        excluded=[], versions={},
+    )  # fmt: skip
+    fvd = Score(value=float(len(title)), n_reference=3, n_generated=3, higher_is_better=False, fingerprint=fingerprint)
+    write_json(path / "plan.json", plan)
+    write_json(path / "record.json", Record(plan=plan, scores={"fvd": fvd}, n_planned=3, n_scored=3, clips_sha256=""))
+    write_json(path / "cost.json", Cost(seconds_per_clip=0.5 * len(title)))
+    write_text(path / "per_clip.jsonl", '{"id": "v00", "motion": {"value": 1.5, "per_frame": [1, 2]}}\n')
+    for n, item in enumerate(items):
+        write_lossless(path / "clips" / f"{item.id}.mkv", clip(n), item.fps)
+    return path
+
+
+class Page(HTMLParser):
+    """Tags, the files that they name, and the text."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[str] = []
+        self.files: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.files += [value for name, value in attrs if name in ("src", "href") and value and value[0] != "#"]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("runs")
+    runs = [make_run(base / "a", "Model A", NASTY), make_run(base / "b", f"Model B {NASTY}", NASTY)]
+    (runs[1] / "clips" / "v01.mkv").unlink()
+    to = base / "report"
+    text = write_report(runs, to)
+    assert "Model A" in text and "3 [" in text
+    return to
+
+
+def test_everything_that_the_page_names_is_beside_it(report):
+    page = Page((report / "index.html").read_text(encoding="utf-8"))
+    assert len(page.files) > 8
+    for file in page.files:
+        assert not re.match(r"[a-z]+:|//|/", file), f"{file} is not in the folder"
+        assert (report / file).is_file(), file
+    assert {path.name for path in report.iterdir()} >= {
+        "table.md",
+        "table.tex",
+        "table.csv",
+        "index.html",
+        "cost-1.png",
+    }
+    script = (report / "report.js").read_text() + (report / "report.css").read_text()
+    assert "http" not in script and "import" not in script
+
+
+def test_captions_and_names_cannot_become_code(report):
+    source = (report / "index.html").read_text(encoding="utf-8")
+    page = Page(source)
+    assert page.tags.count("script") == 1 and "report.js" in page.files
+    assert "<script>alert" not in source and "{{ 7*7 }}" in page.text and "49" not in page.text
+    assert NASTY in page.text
+
+
+def test_the_page_shows_each_clip_and_says_what_is_missing(report):
+    page = Page((report / "index.html").read_text(encoding="utf-8"))
+    assert page.tags.count("video") == 5  # 3 of A, 2 of B; the dataset is gone, so there is no reference
+    assert "no clip was made" in page.text
+    assert "My <videos> is not here" in page.text
+    assert "motion 1.5000" in page.text
+    info = probe(report / "media" / "0-000-0.mp4")
+    assert (info.num_frames, info.height, info.width) == (16, 32, 32) and info.fps == pytest.approx(8)
+
+
+def test_writing_the_report_again_changes_nothing(report):
+    runs = [report.parent / "a", report.parent / "b"]
+    before = {path.relative_to(report): path.read_bytes() for path in report.rglob("*") if path.is_file()}
+    write_report(runs, report)
+    assert {path.relative_to(report): path.read_bytes() for path in report.rglob("*") if path.is_file()} == before
+
+
+def test_runs_of_other_fingerprints_stand_in_their_own_section(tmp_path):
+    runs = [make_run(tmp_path / "a", "A", clips=1), make_run(tmp_path / "b", "B", clips=1, fingerprint="beef")]
+    write_report(runs, tmp_path / "report")
+    source = (tmp_path / "report" / "index.html").read_text()
+    assert source.count("<h2>") == 2 and "f00d" in source and "beef" in source
+    assert not list((tmp_path / "report").glob("cost*.png"))  # two fingerprints: nothing to compare
+
+
+def test_spread_covers_the_manifest():
+    items = list(range(100))
+    assert spread(items, 4) == [0, 25, 50, 75]  # type: ignore[arg-type, comparison-overlap]
+    assert spread(items[:3], 12) == [0, 1, 2]  # type: ignore[arg-type, comparison-overlap]
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def picture(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+def test_frame_grid_shows_the_frames_in_order(tmp_path):
+    frames = torch.zeros(16, 3, 20, 30, dtype=torch.uint8)
+    frames[:, 0] = (torch.arange(16) * 10 + 50)[:, None, None].to(torch.uint8)
+    image = torch.full((3, 20, 30), 0, dtype=torch.uint8)
+    image[2] = 255
+    frame_grid(tmp_path / "grid.png", [(NASTY, frames), ("B", frames)], image, NASTY, frames=4)
+    pixels = picture(tmp_path / "grid.png")
+    pure = pixels[(pixels[..., 1] == 0) & (pixels[..., 2] == 0) & (pixels[..., 0] > 0)]
+    seen = {value for value in np.unique(pure[:, 0]) if (pure[:, 0] == value).sum() > 500}
+    assert seen == {50, 100, 150, 200}  # frames 0, 5, 10, 15
+    columns = [np.nonzero((pixels == [value, 0, 0]).all(-1).any(0))[0].min() for value in sorted(seen)]
+    blue = np.nonzero((pixels == [0, 0, 255]).all(-1).any(0))[0].min()
+    assert [blue, *columns] == sorted([blue, *columns])
+    first = (tmp_path / "grid.png").read_bytes()
+    frame_grid(tmp_path / "grid.png", [(NASTY, frames), ("B", frames)], image, NASTY, frames=4)
+    assert (tmp_path / "grid.png").read_bytes() == first
+
+
+@pytest.mark.parametrize("suffix", [".png", ".pdf", ".svg"])
+def test_curves_and_cost_plot_are_written(tmp_path, suffix):
+    lines = {NASTY: Curve([1, 2, 4], [3, 2, 1], [2, 1, 0], [4, 3, 2]), "B": Curve(range(100), range(100))}
+    curves(tmp_path / f"curves{suffix}", lines, "N", "FVD $", log_x=False, title=NASTY)
+    cost_plot(tmp_path / f"cost{suffix}", [("A", 0.1, 300, (250, 350)), (NASTY, 12, 200, None)], "FVD")
+    for name in ("curves", "cost"):
+        assert (tmp_path / f"{name}{suffix}").stat().st_size > 3000
+    if suffix == ".png":
+        assert len(np.unique(picture(tmp_path / "curves.png").reshape(-1, 3), axis=0)) > 20

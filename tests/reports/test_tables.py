@@ -1,0 +1,321 @@
+"""Tables: only comparable numbers are compared, and every mark, footnote and escape is there."""
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dcbench.catalogue import ModelCard, Published
+from dcbench.errors import UserError
+from dcbench.record import Cost, Excluded, Failure, Plan, Record, Score, write_json
+from dcbench.reports.tables import (
+    Run,
+    cost_table,
+    layout,
+    load_runs,
+    name_runs,
+    numbers,
+    show_value,
+    tex,
+    to_csv,
+    to_latex,
+    to_markdown,
+)
+
+EXTRACTOR = {"name": "i3d", "weights_sha256": "ab" * 32, "preprocessing": "squash"}
+DIRECTIONS = {"fvd": False, "kvd": False, "pic": True, "motion": None}
+
+
+def score(value: float | None, metric: str = "fvd", **changes: Any) -> Score:
+    given: dict[str, Any] = {
+        "n_reference": 2048,
+        "n_generated": 2048,
+        "extractor": EXTRACTOR,
+        "fingerprint": "f00d",
+        "higher_is_better": DIRECTIONS[metric],
+        **changes,
+    }
+    return Score(value=value, **given)
+
+
+def run(
+    title: str,
+    scores: dict[str, Score],
+    dataset: str = "ucf101",
+    protocol: str = "dynamicrafter-paper",
+    fingerprint: str = "f00d",
+    path: str = "",
+    **more: Any,
+) -> Run:
+    model = {"name": "m", "title": title, "conditions_on": ["image"], **more.pop("model", {})}
+    plan = Plan(
+        dcbench="0",
+        model=model,
+        dataset={"name": dataset},
+        protocol={"name": protocol, "version": 1},
+        seed=more.pop("seed", 123),
+        limit=None,
+        fingerprint=fingerprint,
+        excluded=more.pop("excluded", []),
+        versions={},
+    )
+    cost = more.pop("cost", None)
+    record = Record(plan=plan, scores=scores, n_planned=2048, n_scored=2048, clips_sha256="", **more)
+    return Run(Path(path or f"runs/{title}"), record, cost)
+
+
+def best(runs: list[Run], metric: str = "fvd") -> list[str]:
+    return [number.model for number in numbers(runs, {}) if number.metric == metric and number.best]
+
+
+def markdown(runs: list[Run], cards: dict[str, ModelCard] | None = None) -> str:
+    return to_markdown(layout(runs, numbers(runs, cards or {})))
+
+
+def published(title: str = "Theirs", tag: str = "dynamicrafter-paper", value: float = 429.23, **more: Any) -> ModelCard:
+    entry = Published(dataset="ucf101", metric="fvd", value=value, protocol=tag, source="arXiv 1 Table 1", **more)
+    return ModelCard(name="theirs", title=title, summary="s", published=(entry,))
+
+
+# --- what is compared -------------------------------------------------------------------------------------------------
+
+
+def test_the_lowest_fvd_and_the_highest_pic_are_best():
+    runs = [
+        run("A", {"fvd": score(300), "pic": score(0.6, "pic"), "motion": score(9, "motion")}),
+        run("B", {"fvd": score(200), "pic": score(0.7, "pic"), "motion": score(1, "motion")}),
+    ]
+    assert best(runs) == ["B"] and best(runs, "pic") == ["B"]
+    assert best(runs, "motion") == []  # neither direction is better
+    text = markdown(runs)
+    assert "**200.00**" in text and "**300.00**" not in text and "**0.7000**" in text
+    assert "FVD ↓" in text and "PIC ↑" in text and "| Motion " in text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"fingerprint": "beef"},
+        {"n_generated": 2047},
+        {"n_reference": 2990},
+        {"extractor": {**EXTRACTOR, "preprocessing": "crop"}},
+        {"extractor": {**EXTRACTOR, "weights_sha256": "cd" * 32}},
+    ],
+)
+def test_trap_two_protocols_in_one_table_are_never_compared(change):
+    runs = [run("A", {"fvd": score(300)}), run("B", {"fvd": score(200, **change)})]
+    assert best(runs) == []
+    assert "**" not in markdown(runs)
+
+
+def test_different_fingerprints_are_marked_apart():
+    runs = [run("A", {"fvd": score(300)}), run("B", {"fvd": score(200, fingerprint="beef")}, fingerprint="beef")]
+    text = markdown(runs)
+    assert "2048 [1]" in text and "2048 [2]" in text
+    assert "[1] Fingerprint f00d (dynamicrafter-paper v1)" in text and "[2] Fingerprint beef" in text
+
+
+def test_measured_and_published_rows_are_never_compared():
+    """Rows of one published tag are compared with each other, under that tag alone."""
+    cards = {"a": published(), "b": published("Other", value=400), "c": published("Third", "consisti2v", 1.0)}
+    runs = [run("A", {"fvd": score(450)}), run("B", {"fvd": score(460)})]
+    found = numbers(runs, cards)
+    assert [n.model for n in found if n.best] == ["A", "Other"]
+    text = to_markdown(layout(runs, found))
+    at = [
+        text.index(part)
+        for part in (
+            "*dynamicrafter-paper v1*",
+            "| A ",
+            "*published, consisti2v*",
+            "Third",
+            "*published, dynamicrafter-paper*",
+            "Theirs",
+        )
+    ]
+    assert at == sorted(at)
+    assert "Source: arXiv 1 Table 1." in text and "compare them only within their own block" in text
+
+
+def test_published_numbers_of_other_datasets_and_secondary_ones():
+    assert "published" not in markdown([run("A", {"fvd": score(1)}, dataset="msrvtt")], {"a": published()})
+    assert "Source: arXiv 1 Table 1 (quoted)." in markdown(
+        [run("A", {"fvd": score(1)})], {"a": published(status="secondary")}
+    )
+
+
+def test_the_catalogue_gives_the_published_table():
+    """The paper's Table 1 stands below a measured run, DynamiCrafter in bold there."""
+    found = numbers([run("A", {"fvd": score(450)})])
+    best_published = [
+        n.model for n in found if n.best and n.metric == "fvd" and n.block == "published, dynamicrafter-paper"
+    ]
+    assert best_published == ["DynamiCrafter"]
+
+
+def test_equal_values_share_the_place_and_alone_nobody_is_best():
+    assert best([run("A", {"fvd": score(2)})]) == []
+    assert best([run("A", {"fvd": score(2)}), run("B", {"fvd": score(2)})]) == []
+    assert best([run("A", {"fvd": score(2)}), run("B", {"fvd": score(2)}), run("C", {"fvd": score(3)})]) == ["A", "B"]
+
+
+def test_the_real_clips_are_a_bound_and_no_contestant():
+    real = run("Real", {"fvd": score(0)}, model={"conditions_on": ["reference"]})
+    runs = [real, run("A", {"fvd": score(300)}), run("B", {"fvd": score(200)})]
+    assert best(runs) == ["B"]
+    assert "Real [1]" in markdown(runs) and "[1] Returns the reference clip itself" in markdown(runs)
+
+
+# --- marks and footnotes ----------------------------------------------------------------------------------------------
+
+
+def test_null_score_shows_its_reason():
+    runs = [run("A", {"fvd": score(1), "pic": score(None, "pic", reason="weights are missing.\n  put them there")})]
+    text = markdown(runs)
+    assert "PIC: not computed: weights are missing." in text and "put them there" not in text
+    both = [*runs, run("B", {"fvd": score(2), "pic": score(0.5, "pic")})]
+    assert "– [" in markdown(both)
+
+
+def test_a_model_that_hardly_moves_is_marked():
+    still = run("Still", {"fvd": score(1), "motion": score(0.05, "motion", details={"reference_value": 1.0})})
+    moving = run("Moving", {"fvd": score(2), "motion": score(0.2, "motion", details={"reference_value": 1.0})})
+    text = markdown([still, moving])
+    assert "| Still [1] " in text and "| Moving   " in text
+    assert "[1] Moves less than a tenth as much as the real clips" in text
+
+
+def test_sizes_intervals_and_lost_clips_are_told():
+    runs = [
+        run(
+            "A",
+            {
+                "fvd": score(
+                    234.661, ci95=(220.5, 250.25), ci_method="jackknife", n_generated=2000, warnings=["few clips"]
+                )
+            },
+            failures=[Failure(id="v1", reason="a.avi: broken")],
+            excluded=[Excluded(id="v2", reason="", rule="short"), Excluded(id="v3", reason="", rule="unreadable")],
+        )
+    ]
+    text = markdown(runs)
+    assert "234.66 [220.50, 250.25]" in text and "2000 vs 2048" in text
+    for part in (
+        "95 % interval (jackknife)",
+        "1 clips are lost and not counted, for example v1 (a.avi: broken)",
+        "1 videos are too short",
+        "FVD: few clips",
+        "FVD: i3d, weights sha256 abababababab, preprocessing squash.",
+    ):
+        assert part in text
+
+
+def test_runs_of_one_model_are_told_apart_by_what_differs():
+    runs = [
+        run("A", {"fvd": score(1)}, path="r1", model={"sampling": {"steps": 50, "eta": 1.0}}),
+        run("A", {"fvd": score(2)}, path="r2", model={"sampling": {"steps": 25, "eta": 1.0}}),
+        run("A", {"fvd": score(2)}, path="r3", dataset="msrvtt"),
+        run("B", {"fvd": score(2)}, path="r4"),
+        run("B", {"fvd": score(2)}, path="r5"),
+    ]
+    assert list(name_runs(runs).values()) == ["A (steps 50)", "A (steps 25)", "A", "B (r4)", "B (r5)"]
+
+
+def test_two_datasets_share_a_row_and_keep_their_columns():
+    runs = [
+        run("A", {"fvd": score(1)}, path="r1"),
+        run("A", {"fvd": score(2), "kvd": score(3, "kvd")}, path="r2", dataset="msrvtt", fingerprint="cafe"),
+    ]
+    table = layout(runs, numbers(runs, {}))
+    assert table.columns == [
+        ("ucf101", "FVD ↓"),
+        ("ucf101", "N"),
+        ("msrvtt", "FVD ↓"),
+        ("msrvtt", "KVD ↓"),
+        ("msrvtt", "N"),
+    ]
+    ((_, rows),) = table.blocks
+    assert [cell.text for cell in rows[0][1]] == ["1.0000", "2048", "2.0000", "3.0000", "2048"]
+    assert "ucf101 FVD ↓" in to_markdown(table)
+    assert r"\multicolumn{2}{c}{ucf101} & \multicolumn{3}{c}{msrvtt}" in to_latex(table)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (234.664, "234.66"),
+        (0.0, "0.0000"),
+        (1e-9, "0.0000"),
+        (0.58031, "0.5803"),
+        (-6.82461, "-6.8246"),
+        (1.6e-5, "1.6e-05"),
+    ],
+)
+def test_values_are_shown_as_papers_do(value, text):
+    assert show_value(value) == text
+
+
+# --- notations --------------------------------------------------------------------------------------------------------
+
+NASTY = "A|B <script>$x_1$ & 50% #1 {y} ~^ \\cmd `c` *\n[x]"
+
+
+def test_names_cannot_break_out_of_the_table():
+    runs = [run(NASTY, {"fvd": score(1)}), run("B", {"fvd": score(2)})]
+    table = layout(runs, numbers(runs, {}))
+    text = to_markdown(table)
+    row = next(line for line in text.splitlines() if "script" in line)
+    assert row.replace("\\|", "").count("|") == 4 and "<script>" not in text
+    latex = to_latex(table)
+    row = next(line for line in latex.splitlines() if "script" in line)
+    assert row.replace(r"\&", "").count("&") == 2
+    assert r"\$x\_1\$ \& 50\% \#1 \{y\} \textasciitilde{}\textasciicircum{} \textbackslash{}cmd" in row
+    rows = list(csv.DictReader(io.StringIO(to_csv(numbers(runs, {})))))
+    assert rows[0]["model"] == NASTY and float(rows[0]["value"]) == 1
+
+
+def test_latex_is_booktabs_with_balanced_braces():
+    runs = [run("A", {"fvd": score(1, ci95=(0.5, 1.5), ci_method="x")}), run("B", {"fvd": score(2)})]
+    latex = to_latex(layout(runs, numbers(runs, {"a": published()})))
+    for part in (r"\toprule", r"\bottomrule", r"FVD $\downarrow$", r"\textbf{1.0000} {\scriptsize [0.5000, 1.5000]}"):
+        assert part in latex
+    assert latex.count(r"\midrule") == 2  # below the head, and between the blocks
+    assert latex.count("{") == latex.count("}")
+    assert tex("λ ≥ 1") == r"$\lambda$ $\geq$ 1"
+
+
+def test_csv_has_every_number_in_full():
+    text = to_csv(numbers([run("A", {"fvd": score(234.66123456789)})], {"a": published()}))
+    measured, theirs = csv.DictReader(io.StringIO(text))
+    assert float(measured["value"]) == 234.66123456789 and "ab" * 32 in measured["extractor"]
+    assert (theirs["published"], theirs["source"], theirs["block"]) == (
+        "True",
+        "arXiv 1 Table 1",
+        "published, dynamicrafter-paper",
+    )
+
+
+def test_cost_table():
+    cheap = Cost(seconds_per_clip=0.25, peak_memory_mb=512.4, device="cpu", dtype="float32", hardware="x86_64")
+    text = cost_table([run("A", {}, cost=cheap), run("B", {})])
+    assert "| A       | ucf101    | 0.2500" in text and "512" in text and "| B" not in text
+    assert cost_table([run("B", {})]) == ""
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def test_records_are_loaded_once_each_and_errors_are_for_the_user(tmp_path):
+    for name in ("one", "two"):
+        write_json(tmp_path / name / "record.json", run(name, {"fvd": score(1)}).record)
+    loaded = load_runs([tmp_path / "two", tmp_path / "one" / "record.json", tmp_path / "two"])
+    assert [entry.title for entry in loaded] == ["two", "one"]
+    with pytest.raises(UserError, match="no record at"):
+        load_runs([tmp_path / "three"])
+    with pytest.raises(UserError, match="no runs were given"):
+        load_runs([])
+    (tmp_path / "one" / "record.json").write_text('{"schema_version": 99}')
+    with pytest.raises(UserError, match="schema version 99"):
+        load_runs([tmp_path / "one"])
