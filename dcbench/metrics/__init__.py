@@ -4,16 +4,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dcbench.metrics.base import ClipMetric, FeatureExtractor, Score, SetMetric
-    from dcbench.metrics.distances import FrechetVideoDistance, KernelVideoDistance
     from dcbench.metrics.extractors import I3DExtractor
+    from dcbench.metrics.stateful import FrechetVideoDistance, KernelVideoDistance
 
 _WHERE = {
     "ClipMetric": "base",
     "FeatureExtractor": "base",
     "Score": "base",
     "SetMetric": "base",
-    "FrechetVideoDistance": "distances",
-    "KernelVideoDistance": "distances",
+    "FrechetVideoDistance": "stateful",
+    "KernelVideoDistance": "stateful",
     "I3DExtractor": "extractors",
 }
 __all__ = [

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy.special import stdtrit
-from scipy.stats import bootstrap
 from torch import Tensor
 
 from dcbench.errors import UserError
@@ -306,6 +305,8 @@ def mean_interval(
 
     Clips of one group are drawn together. None with fewer than three groups; a single point when all values agree.
     """
+    from scipy.stats import bootstrap  # a second to import
+
     sums, sizes = group_sums(values, groups)
     if len(sums) < 3:
         return None

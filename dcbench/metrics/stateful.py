@@ -1,0 +1,153 @@
+"""FVD and KVD as `torchmetrics.Metric`, for a training loop or a notebook.
+
+    fvd = FrechetVideoDistance()
+    fvd.update(real_clips, real=True)        # uint8 [b, t, 3, h, w]
+    fvd.update(generated_clips, real=False)
+    print(fvd.compute(), fvd.compute_with_interval().ci95)
+
+The runner does not need this module, whose import of torchmetrics takes ten seconds.
+"""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from dcbench.errors import UserError
+from dcbench.metrics import functional as fn
+from dcbench.metrics.base import FeatureExtractor, Score
+from dcbench.metrics.distances import score_frechet, score_kernel
+from dcbench.metrics.extractors import Preprocessing, i3d_extractor
+
+
+class _SetMetric(Metric):
+    """State of a set metric: the features of every clip, in float64; gathered from all processes before `compute`."""
+
+    higher_is_better = False
+    is_differentiable = False
+    full_state_update = False
+    real_features: list[Tensor]
+    generated_features: list[Tensor]
+
+    def __init__(
+        self, extractor: FeatureExtractor | None = None, preprocessing: Preprocessing = "squash", **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self._given = extractor
+        self._preprocessing: Preprocessing = preprocessing
+        self.add_state("real_features", [], dist_reduce_fx=_join)
+        self.add_state("generated_features", [], dist_reduce_fx=_join)
+
+    @property
+    def extractor(self) -> FeatureExtractor:
+        """The given extractor, or the shared I3D; loaded when it is first needed."""
+        if self._given is None:
+            self._given = i3d_extractor(self._preprocessing, str(self.device))
+        return self._given
+
+    def update(self, clips: Tensor, real: bool) -> None:
+        """uint8 [b, t, 3, h, w]; reference clips with real=True."""
+        self.update_features(self.extractor(clips), real)
+        self._update_count -= 1  # the wrapper of `update` counted it already
+
+    def update_features(self, features: Tensor, real: bool) -> None:
+        """[b, d], as the extractor returns them."""
+        if features.ndim != 2:
+            raise ValueError(f"expected features [b, d], got {list(features.shape)}")
+        state = self.real_features if real else self.generated_features
+        state.append(features.detach().to(self.device, torch.float64))
+        self._computed = None  # what torchmetrics' own wrapper of `update` does
+        self._update_count += 1
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """One tensor a state and process, so that processes with other numbers of batches, or none, gather alike."""
+        self.real_features = [_join(self.real_features)]
+        self.generated_features = [_join(self.generated_features)]
+        super().sync(*args, **kwargs)
+
+    def compute(self) -> Tensor:
+        """The distance as a float64 scalar; warns about sample sizes that make it hard to compare."""
+        score = self._score(interval=False)
+        for message in score.warnings:
+            warnings.warn(message, stacklevel=2)
+        return torch.tensor(score.value, dtype=torch.float64)
+
+    def compute_with_interval(self) -> Score:
+        """The distance with its 95 % interval, sample sizes and warnings."""
+        with self.sync_context(
+            dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync, should_unsync=self._should_unsync
+        ):
+            return self._score(interval=True)
+
+    def _score(self, interval: bool) -> Score:
+        raise NotImplementedError
+
+    def _sets(self) -> tuple[Tensor, Tensor]:
+        """Both sets in an order of their own, so that neither order nor sharding can change the last digit."""
+        sets = []
+        for name, state in (("reference", self.real_features), ("generated", self.generated_features)):
+            features = _join(state).cpu()
+            if not len(features):
+                raise UserError(f"no {name} clips: call update(clips, real={name == 'reference'}) first")
+            sets.append(_canonical_order(features))
+        return sets[0], sets[1]
+
+
+def _join(state: list[Tensor] | Tensor) -> Tensor:
+    """The state's tensors as one; empty ones, which know no d, are left out."""
+    parts = [part for part in ([state] if isinstance(state, Tensor) else state) if len(part)]
+    return torch.cat(parts) if parts else torch.zeros(0, 0, dtype=torch.float64)
+
+
+def _canonical_order(features: Tensor) -> Tensor:
+    """Rows sorted, then shuffled by a fixed seed: neighbours in the sorted order would make the blocks too alike."""
+    rows = features.tolist()
+    order = torch.tensor(sorted(range(len(rows)), key=rows.__getitem__), dtype=torch.long)
+    shuffle = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    return features[order][shuffle]
+
+
+class FrechetVideoDistance(_SetMetric):
+    """FVD (Unterthiner et al., arXiv 1812.01717) over I3D logits, or over any other extractor's features.
+
+    Args:
+        extractor: a `FeatureExtractor`; None = the Kinetics-400 I3D.
+        preprocessing: of that I3D: "squash", "crop", "tf1" or "aa". Part of the number: it moves FVD by hundreds.
+
+    Example:
+        >>> import torch
+        >>> from dcbench.metrics import FrechetVideoDistance
+        >>> fvd = FrechetVideoDistance()
+        >>> features = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+        >>> fvd.update_features(features, real=True)
+        >>> fvd.update_features(features + 1, real=False)
+        >>> round(fvd.compute_with_interval().value, 6)  # a shift by 1 in 8 dimensions
+        8.0
+    """
+
+    def _score(self, interval: bool) -> Score:
+        return score_frechet(*self._sets(), interval=interval)
+
+
+class KernelVideoDistance(_SetMetric):
+    """KVD: the unbiased squared MMD with k(x, y) = (xᵀy / d + 1)³ over I3D logits, full sets, x1.
+
+    Args:
+        extractor, preprocessing: as for `FrechetVideoDistance`.
+        kernel: another polynomial kernel; its formula is part of the score.
+    """
+
+    def __init__(
+        self,
+        extractor: FeatureExtractor | None = None,
+        preprocessing: Preprocessing = "squash",
+        kernel: fn.PolynomialKernel = fn.CUBIC,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(extractor, preprocessing, **kwargs)
+        self.kernel = kernel
+
+    def _score(self, interval: bool) -> Score:
+        return score_kernel(*self._sets(), kernel=self.kernel, interval=interval)

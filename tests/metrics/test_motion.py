@@ -1,0 +1,107 @@
+"""Motion: a still picture scores 0, a known translation its length, and a flickering clip a high warping error."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dcbench.catalogue import find_metric, load_entry_point
+from dcbench.errors import UserError
+from dcbench.metrics.base import ClipMetric
+from dcbench.metrics.motion import OpticalFlow, visible, warp_back
+from dcbench.models.base import Runtime
+
+
+@pytest.fixture(scope="module")
+def motion() -> ClipMetric:
+    return load_entry_point(find_metric("motion"))(find_metric("motion"), Runtime())
+
+
+@pytest.fixture(scope="module")
+def warp_error() -> ClipMetric:
+    return load_entry_point(find_metric("warp_error"))(find_metric("warp_error"), Runtime())
+
+
+def panning(step: int, frames: int = 5, size: int = 256, seed: int = 0) -> Tensor:
+    """uint8 [frames 3 size size]: a smooth texture that moves `step` px left a frame."""
+    generator = torch.Generator().manual_seed(seed)
+    wide = size + step * frames
+    coarse = torch.rand(1, 3, 24, wide // 10, generator=generator)
+    texture = torch.nn.functional.interpolate(coarse, (size, wide), mode="bicubic", align_corners=False)[0].clamp(0, 1)
+    return torch.stack([(texture[:, :, i * step : i * step + size] * 255).to(torch.uint8) for i in range(frames)])
+
+
+@pytest.mark.parametrize("step", [1, 2, 5])
+def test_motion_of_a_translation_is_its_length(motion: ClipMetric, step: int) -> None:
+    """Measured: within 3 % for 1 to 5 px."""
+    value = motion.extract([panning(step)], None, None)[0]
+    assert value["value"] == pytest.approx(step, rel=0.1)
+    assert len(value["per_frame"]) == 4
+
+
+def test_motion_is_measured_at_one_size(motion: ClipMetric) -> None:
+    small = panning(1, size=128)
+    large = torch.nn.functional.interpolate(small.float(), (512, 512), mode="bilinear").round().to(torch.uint8)
+    values = [row["value"] for row in motion.extract([small, large], None, None)]
+    assert values[0] == pytest.approx(2, rel=0.1) and values[1] == pytest.approx(values[0], rel=0.1)
+
+
+def test_a_still_picture_has_no_motion_and_no_flicker(motion: ClipMetric, warp_error: ClipMetric) -> None:
+    still = panning(1)[:1].repeat(4, 1, 1, 1)
+    assert motion.extract([still], None, None)[0]["value"] == 0
+    row = warp_error.extract([still], None, None)[0]
+    assert row["value"] == 0 and row["flicker"] == 0 and row["visible"] == 1
+
+
+def test_constant_frames_have_no_motion(motion: ClipMetric) -> None:
+    assert motion.extract([torch.full((3, 3, 64, 64), 90, dtype=torch.uint8)], None, None)[0]["value"] == 0
+
+
+def test_warping_explains_motion_but_not_flicker(warp_error: ClipMetric) -> None:
+    moving = panning(3)
+    flickering = moving.clone()
+    flickering[1::2] = (flickering[1::2].float() * 0.8).to(torch.uint8)
+    calm, nervous = warp_error.extract([moving, flickering], None, None)
+    assert calm["value"] < 1e-4 and calm["flicker"] > 0.02  # the plain difference takes motion for flicker
+    assert nervous["value"] > 20 * calm["value"]
+
+
+def test_warp_reads_where_the_flow_points() -> None:
+    second = np.arange(20, dtype=np.float32).reshape(4, 5)
+    flow = np.zeros((4, 5, 2), np.float32)
+    flow[..., 0] = 1
+    assert np.array_equal(warp_back(second, flow)[:, :4], second[:, 1:])
+    shown = visible(flow, -flow)
+    assert shown[:, :3].all() and not shown[:, 4].any()  # the last column leaves the picture
+    assert not visible(flow, flow)[:, :3].any()  # forward and backward disagree: hidden
+
+
+def test_flow_is_the_same_again() -> None:
+    frames = [frame.numpy().mean(0).astype(np.uint8) for frame in panning(4, frames=2)]
+    assert np.array_equal(OpticalFlow()(*frames), OpticalFlow()(*frames))
+
+
+def test_order_and_batch_do_not_matter(motion: ClipMetric) -> None:
+    clips = [panning(1), panning(4, seed=1), panning(2, seed=2)]
+    together = motion.extract(clips, None, None)
+    assert together == [motion.extract([clip], None, None)[0] for clip in clips]
+
+
+def test_bad_clips_are_refused(motion: ClipMetric, warp_error: ClipMetric) -> None:
+    for metric in (motion, warp_error):
+        with pytest.raises(UserError, match="a clip needs at least 2"):
+            metric.extract([panning(1)[:1]], None, None)
+        with pytest.raises(ValueError, match=r"expected uint8 \[t, 3, h, w\]"):
+            metric.extract([panning(1).float()], None, None)
+
+
+def test_score_is_the_mean_with_an_interval(motion: ClipMetric) -> None:
+    rows = [{"value": float(v), "top5": 2.0 * v, "per_frame": [float(v)] * 2} for v in range(10)]
+    score = motion.score(rows, [str(i) for i in range(10)])
+    assert score.value == 4.5 and score.n_generated == 10 and score.details["top5"] == 9.0
+    assert score.ci95 and score.ci95[0] < 4.5 < score.ci95[1] and "BCa" in score.ci_method
+    assert motion.score(rows[:2], None).ci95 is None
+    with pytest.raises(UserError, match="the value of clip 1 is nan"):
+        motion.score([{"value": 1.0}, {"value": float("nan")}], None)
+    with pytest.raises(UserError, match="no clips"):
+        motion.score([], None)
