@@ -72,7 +72,7 @@ def test_the_stride_scales_the_way():
 def test_sizes_show_the_same_scene():
     small, large = Shapes(size=32).item("test", 7).video, Shapes(size=256).item("test", 7).video
     shrunk = torch.nn.functional.avg_pool2d(large.read([20]).float(), 8)
-    assert (shrunk - small.read([20]).float()).abs().max() < 16
+    assert (shrunk - small.read([20]).float()).abs().mean() < 1
 
 
 def test_wrong_requests_name_the_remedy():

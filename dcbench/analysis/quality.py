@@ -1,0 +1,113 @@
+"""Quality of a model on the shapes world, as the analytic judge sees it: one table, one picture.
+
+python -m dcbench.analysis.quality --model dynamicrafter-tiny --clips 256 --out quality
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dcbench.analysis.judge import ASPECTS, judge
+from dcbench.catalogue import find_model, load_entry_point, with_overrides
+from dcbench.clips import resize
+from dcbench.datasets.base import Item
+from dcbench.datasets.shapes import Shapes, ShapesVideo
+from dcbench.models.base import ImageToVideo, Request, Runtime
+from dcbench.seeding import clip_seed
+
+
+def requests(items: Sequence[Item], size: int, stride: int, seed: int) -> Iterator[tuple[Request, Tensor]]:
+    """A request for each item, and its real clip uint8 [16, 3, size, size]; from the video's first frame on."""
+    for item in items:
+        info = item.video.info()
+        real = resize(item.video.read([i * stride for i in range(16)]), size, size)
+        fps = info.fps / stride
+        yield Request(item.id, real[0], item.captions[0], 16, fps, stride, clip_seed(seed, item.id)), real
+
+
+def measure(
+    model: ImageToVideo, items: Sequence[Item], size: int, stride: int = 3, batch: int = 16, seed: int = 0
+) -> tuple[dict[str, float], list[tuple[Item, Tensor, Tensor]]]:
+    """Shares of clips that show what their caption says, PSNR of the first frame; and (item, real, generated)."""
+    pairs = list(requests(items, size, stride, seed))
+    cases: list[tuple[Item, Tensor, Tensor]] = []
+    started = time.process_time()
+    for start in range(0, len(pairs), batch):
+        part = pairs[start : start + batch]
+        made = model.generate([request for request, _ in part])
+        cases += [
+            (item, real, resize(clip, size, size))
+            for item, (_, real), clip in zip(items[start : start + batch], part, made, strict=True)
+        ]
+    seconds = (time.process_time() - started) / len(pairs)
+    agreed = []
+    for item, real, made in cases:
+        assert isinstance(item.video, ShapesVideo)
+        row = judge(made, item.video.fps / stride).agrees(item.video.scene)
+        agreed.append({**row, "all": all(row.values()), "psnr": psnr(made[0], real[0])})
+    table = {aspect: sum(row[aspect] for row in agreed) / len(agreed) for aspect in (*ASPECTS, "all")}
+    psnrs = sorted(row["psnr"] for row in agreed)
+    return {
+        "clips": float(len(cases)),
+        **table,
+        "first_frame_psnr": sum(psnrs) / len(psnrs),
+        "first_frame_psnr_median": psnrs[len(psnrs) // 2],
+        "cpu_seconds_per_clip": seconds,
+    }, cases
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """Decibels between two uint8 frames; 100 for equal ones."""
+    mse = float((a.float() - b.float()).square().mean())
+    return min(100.0, 10 * math.log10(255**2 / mse)) if mse else 100.0
+
+
+def grid(
+    cases: Sequence[tuple[Item, Tensor, Tensor]], path: Path, frames: Sequence[int] = (0, 3, 6, 9, 12, 15)
+) -> None:
+    """A row a case: input, generated frames, the real last frame; the caption above."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.1 * (len(frames) + 2), 1.3 * len(cases)), layout="constrained")
+    axes = figure.subplots(len(cases), len(frames) + 2, squeeze=False)
+    for row, (item, real, made) in zip(axes, cases, strict=True):
+        pictures = [real[0], *(made[i] for i in frames), real[-1]]
+        names = ["input", *(f"{i + 1}" for i in frames), "real, last"]
+        for axis, picture, name in zip(row, pictures, names, strict=True):
+            axis.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
+            axis.set_axis_off()
+            axis.set_title(name, fontsize=6)
+        row[1].set_title(f"{item.captions[0]}", fontsize=6, loc="left")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="dynamicrafter-tiny")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings")
+    parser.add_argument("--clips", type=int, default=256)
+    parser.add_argument("--stride", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    card = with_overrides(find_model(given.model), given.settings)
+    model = load_entry_point(card)(card, Runtime())
+    size = card.clip.height or 64
+    items = Shapes(size=size, test_videos=given.clips).items("test")
+    table, cases = measure(model, items, size, given.stride, seed=given.seed)
+    given.out.mkdir(parents=True, exist_ok=True)
+    grid(cases[:12], given.out / "cases.png")
+    (given.out / "quality.json").write_text(json.dumps(table, indent=1))
+    for name, value in table.items():
+        print(f"{name:26} {value:.3f}")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

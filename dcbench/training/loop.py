@@ -1,0 +1,279 @@
+"""One training loop for every stage: accumulation, clipping, EMA, mixed precision, exact resume, data parallelism.
+
+All randomness of step k is drawn from a generator seeded by (seed, stage, k, rank), so a resumed run needs no random
+state: on one machine with one number of threads it ends with the same bits as an undisturbed one.
+"""
+
+import contextlib
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dcbench.errors import UserError
+from dcbench.seeding import clip_seed
+from dcbench.weights import atomic_write
+
+Precision = Literal["float32", "float16", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How to optimise; what to optimise is the task's affair."""
+
+    steps: int
+    batch_size: int  # over all processes and accumulated parts
+    lr: float
+    final_lr: float | None = None  # cosine from lr to this; None = constant
+    warmup: int = 0
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    grad_clip: float = 1.0
+    accumulate: int = 1
+    ema: float = 0.999  # 0 = none
+    precision: Precision = "float32"
+    save_every: int = 500
+    log_every: int = 20
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of step 0, 1, ...: linear warm-up, then constant or a cosine."""
+        rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        if self.final_lr is None:
+            return self.lr * rise
+        done = max(0.0, (step - self.warmup) / max(1, self.steps - self.warmup))
+        return rise * (self.final_lr + (self.lr - self.final_lr) * (1 + math.cos(math.pi * done)) / 2)
+
+
+class Task(nn.Module):
+    """What one stage learns: `forward` draws a batch with `rng` and returns its named losses; "loss" is minimised."""
+
+    def forward(self, batch_size: int, rng: torch.Generator) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among those that torchrun started (one, when it did not)."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+@contextlib.contextmanager
+def process_group(device: str = "auto") -> Iterator[Process]:
+    """Join the group that torchrun describes in the environment; alone without it."""
+    cuda = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if world == 1:
+        yield Process(0, 1, torch.device(device) if device != "auto" else local)
+        return
+    dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        yield Process(rank, world, local)
+    finally:
+        dist.destroy_process_group()
+
+
+class Average:
+    """Exponential moving average of trained parameters, in float32; it warms up with the number of steps."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+        self.decay = decay
+        self.values = {name: p.detach().float().clone() for name, p in parameters.items()}
+
+    @torch.no_grad()
+    def update(self, parameters: Mapping[str, nn.Parameter], step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, p in parameters.items():
+            self.values[name].lerp_(p.detach().float(), 1 - decay)
+
+    @torch.no_grad()
+    def copy_to(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        for name, p in parameters.items():
+            p.copy_(self.values[name])
+
+
+def fit(
+    task: Task,
+    config: LoopConfig,
+    directory: Path,
+    seed: int,
+    process: Process,
+    stop_after: float | None = None,
+    on_step: Callable[[int, dict[str, float]], None] | None = None,
+    identity: Mapping[str, Any] | None = None,
+) -> bool:
+    """Train the parameters of `task` that require gradients; afterwards they hold the EMA. True when finished.
+
+    Continues from `directory`/state.pt if it is there (an `identity` that differs from the saved one is an error);
+    stops early, resumable, after `stop_after` seconds or at Ctrl-C and SIGTERM. `directory`/log.jsonl gets a line
+    every `log_every` steps.
+    """
+    if config.batch_size % (process.world * config.accumulate):
+        raise UserError(
+            f"batch_size {config.batch_size} does not divide into {process.world} processes x "
+            f"{config.accumulate} accumulated parts; choose a multiple of {process.world * config.accumulate}"
+        )
+    part = config.batch_size // (process.world * config.accumulate)
+    trained = {name: p for name, p in task.named_parameters() if p.requires_grad}
+    if not trained:
+        raise UserError("this stage trains no parameter: check its `train` list of roles")
+    # foreach: one call for all tensors, several times faster than a loop when they are many and small
+    optimiser = torch.optim.AdamW(
+        trained.values(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, foreach=True
+    )
+    scaler = torch.amp.GradScaler(process.device.type, enabled=config.precision == "float16")
+    average = Average(trained, config.ema) if config.ema else None
+    state_path, log_path = directory / "state.pt", directory / "log.jsonl"
+    step = 0
+    seconds = 0.0
+    if state_path.is_file():
+        state = torch.load(state_path, map_location=process.device, weights_only=True)
+        if state["identity"] != _plain(identity):
+            raise UserError(
+                f"{state_path} was made with other settings; choose another --out, or remove {directory} to start anew"
+            )
+        step, seconds = state["step"], state["seconds"]
+        for name, p in trained.items():
+            p.data.copy_(state["parameters"][name])
+        optimiser.load_state_dict(state["optimiser"])
+        scaler.load_state_dict(state["scaler"])
+        if average:
+            average.values = state["average"]
+        _trim_log(log_path, step)
+    model: nn.Module = task
+    if process.world > 1:
+        model = DistributedDataParallel(task, device_ids=[process.device] if process.device.type == "cuda" else None)
+    amp = config.precision != "float32"
+    dtype = getattr(torch, config.precision)
+    task.train()
+    interrupted = _catch_signals()
+    started, cpu, since = time.perf_counter(), time.process_time(), step
+    finished = step >= config.steps
+    while not finished:
+        sums: dict[str, Tensor] = {}
+        for group in optimiser.param_groups:
+            group["lr"] = config.lr_at(step)
+        for i in range(config.accumulate):
+            draw = clip_seed(seed, f"{step}/{i}/{process.rank}")
+            torch.manual_seed(draw)  # dropout layers know no generator
+            rng = torch.Generator().manual_seed(draw)
+            last = i == config.accumulate - 1
+            no_sync = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else None
+            with no_sync or contextlib.nullcontext(), torch.autocast(process.device.type, dtype, enabled=amp):
+                losses = model(part, rng)
+                scaler.scale(losses["loss"] / config.accumulate).backward()
+            for name, value in losses.items():
+                sums[name] = sums.get(name, torch.zeros(())) + value.detach().float().cpu() / config.accumulate
+        scaler.unscale_(optimiser)
+        norm = nn.utils.clip_grad_norm_(trained.values(), config.grad_clip or math.inf)
+        if not amp and not bool(torch.isfinite(norm)):
+            raise UserError(f"step {step}: the gradient is not finite; lower the learning rate ({config.lr:g})")
+        scaler.step(optimiser)
+        scaler.update()
+        optimiser.zero_grad(set_to_none=True)
+        step += 1
+        if average:
+            average.update(trained, step)
+        finished = step >= config.steps
+        late = stop_after is not None and time.perf_counter() - started > stop_after
+        stopping = _agree(late or bool(interrupted), process)
+        if process.first and (step % config.log_every == 0 or finished or stopping):
+            took, burnt = time.perf_counter() - started, time.process_time() - cpu
+            line = {"step": step, "lr": config.lr_at(step - 1), "grad_norm": float(norm)}
+            line |= {name: float(value) for name, value in sums.items()}
+            line |= {
+                "clips_per_second": round((step - since) * config.batch_size / took, 3),
+                "cpu_seconds": round(seconds + burnt, 1),
+            }
+            directory.mkdir(parents=True, exist_ok=True)
+            with log_path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            if on_step:
+                on_step(step, line)
+        if process.first and (step % config.save_every == 0 or finished or stopping):
+            with atomic_write(state_path) as temporary:
+                torch.save(
+                    {
+                        "identity": _plain(identity),
+                        "step": step,
+                        "seconds": seconds + time.process_time() - cpu,
+                        "parameters": {name: p.detach() for name, p in trained.items()},
+                        "average": average.values if average else {},
+                        "optimiser": optimiser.state_dict(),
+                        "scaler": scaler.state_dict(),
+                    },
+                    temporary,
+                )
+        if stopping:
+            break
+    if average:
+        average.copy_to(trained)
+    task.eval()
+    return finished
+
+
+def _plain(identity: Mapping[str, Any] | None) -> str:
+    return json.dumps(identity or {}, sort_keys=True, default=str)
+
+
+def _agree(stop: bool, process: Process) -> bool:
+    """True on every process when one wants to stop: otherwise the others would wait for it for ever."""
+    if process.world == 1:
+        return stop
+    flag = torch.tensor(float(stop), device=process.device)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag > 0)
+
+
+def _catch_signals() -> list[int]:
+    """A list that SIGINT and SIGTERM append to, so that the step in hand ends and is saved; twice stops at once."""
+    caught: list[int] = []
+
+    def catch(number: int, frame: object) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, catch)
+    return caught
+
+
+def _trim_log(path: Path, step: int) -> None:
+    """Drop lines after the checkpoint: those steps are about to be done again."""
+    if path.is_file():
+        lines = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= step]
+        path.write_text("".join(line + "\n" for line in lines))
+
+
+def plot_log(paths: Mapping[str, Path], target: Path) -> None:
+    """Loss against step of each named log.jsonl, one line a log, as a picture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, path in paths.items():
+        lines = [json.loads(line) for line in path.read_text().splitlines() if line]
+        axes.plot([line["step"] for line in lines], [line["loss"] for line in lines], label=name, linewidth=1)
+    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    axes.legend()
+    figure.savefig(target, dpi=120)

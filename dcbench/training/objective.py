@@ -1,0 +1,176 @@
+"""What the stages learn: to rebuild frames, to match pictures and captions, to remove noise from clips."""
+
+from dataclasses import asdict, dataclass
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dcbench import clips
+from dcbench.models.diffusion import make_schedule, training_pair
+from dcbench.models.dynamicrafter.networks import Networks
+from dcbench.models.dynamicrafter.unet import parameter_role
+from dcbench.training.data import Batch
+from dcbench.training.loop import Task
+from dcbench.training.networks import PooledClip, scaled_latents, text_tokens, visual_tokens
+
+
+class Pool(Protocol):
+    def random_batch(self, size: int, rng: torch.Generator) -> Batch: ...
+
+
+class AutoencoderTask(Task):
+    """Rebuild single frames: |x - y| + (x - y)^2 + kl_weight * KL per value of the frame.
+
+    `detail_weight`: a pixel counts 1 + detail_weight * its distance to the frame's mean colour, so that small objects
+    on large flat grounds are learned too.
+    """
+
+    def __init__(self, networks: Networks, pool: Pool, kl_weight: float, detail_weight: float = 0.0) -> None:
+        super().__init__()
+        self.autoencoder = networks.autoencoder.requires_grad_(True)
+        self.pool, self.kl_weight, self.detail_weight = pool, kl_weight, detail_weight
+
+    def forward(self, batch_size: int, rng: torch.Generator) -> dict[str, Tensor]:
+        device = next(self.autoencoder.parameters()).device
+        frames = self.pool.random_batch(batch_size, rng).frames
+        pick = torch.randint(frames.shape[1], (batch_size,), generator=rng)
+        x = clips.to_float(frames[torch.arange(batch_size), pick]).to(device)
+        posterior = self.autoencoder.encode(x)
+        noise = torch.randn(posterior.mean.shape, generator=rng).to(device)
+        error = self.autoencoder.decode(posterior.sample(noise)) - x
+        weight = 1 + self.detail_weight * (x - x.mean((2, 3), keepdim=True)).abs().mean(1, keepdim=True)
+        mse, kl = error.square().mean(), posterior.kl().mean() / x[0].numel()
+        loss = (weight * (error.abs() + error.square())).mean() + self.kl_weight * kl
+        return {"loss": loss, "psnr": -10 * torch.log10(mse.detach() / 4), "kl": kl}
+
+
+class ContrastiveTask(Task):
+    """CLIP's symmetric loss between one frame of each clip and its caption."""
+
+    def __init__(self, networks: Networks, pool: Pool) -> None:
+        super().__init__()
+        self.clip, self.pool = PooledClip(networks).requires_grad_(True), pool
+
+    def forward(self, batch_size: int, rng: torch.Generator) -> dict[str, Tensor]:
+        device = next(self.clip.parameters()).device
+        batch = self.pool.random_batch(batch_size, rng)
+        pick = torch.randint(batch.frames.shape[1], (batch_size,), generator=rng)
+        frames = batch.frames[torch.arange(batch_size), pick].to(device)
+        images, texts, scale = self.clip(frames, batch.captions)
+        logits = scale * F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T
+        target = torch.arange(batch_size, device=device)
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        return {"loss": loss, "accuracy": (logits.argmax(1) == target).float().mean()}
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Which conditions a stage shows its network, and how often it hides them.
+
+    context: "none" (text only), "frame" (the query transformer's tokens of the condition frame), "class_token" (only
+    CLIP's global token goes into the query transformer). vdg: "none", "frame" (the condition frame's latents beside
+    the noise of every frame), "ends" (the first and last frame's own, zeros between: interpolation and looping).
+    """
+
+    context: Literal["none", "frame", "class_token"] = "frame"
+    vdg: Literal["none", "frame", "ends"] = "frame"
+    condition_frame: Literal["random", "first"] = "random"
+    drop_text: float = 0.05
+    drop_image: float = 0.05  # the context's image becomes grey; the concatenated latents stay
+    drop_both: float = 0.05
+    drop_vdg: float = 0.0  # not in the paper: hides the concatenated latents, so that the context is needed
+
+
+class DiffusionTask(Task):
+    """Mean squared error of the predicted noise or velocity of clips, under conditions that are dropped at random."""
+
+    networks: Networks
+
+    def __init__(
+        self,
+        networks: Networks,
+        pool: Pool,
+        conditions: Conditions,
+        roles: tuple[str, ...],
+        single_frames: bool = False,
+        fixed_image_scale: bool = False,
+        min_snr: float = 0.0,
+    ) -> None:
+        """Train the parameters of these roles ("context", "spatial", "temporal"); `single_frames` is image training.
+
+        `min_snr` > 0 weights the loss by min(SNR, min_snr) / SNR in terms of the clean latents.
+        """
+        super().__init__()
+        object.__setattr__(self, "networks", networks)  # not a submodule: only what is trained is
+        self.pool, self.conditions = pool, conditions
+        self.schedule = make_schedule(**asdict(networks.cfg.diffusion))
+        self.unet, self.query_transformer = networks.unet, networks.query_transformer
+        self.single_frames, self.min_snr = single_frames, min_snr
+        parts: dict[str, nn.Module] = {"": self.unet, "image_proj_model.": self.query_transformer}
+        for prefix, part in parts.items():
+            for name, parameter in part.named_parameters():
+                role = parameter_role(prefix + name)
+                used = role != "context" or conditions.context != "none"
+                gate = name.endswith("attn2.alpha")
+                parameter.requires_grad_(role in roles and used and not (gate and fixed_image_scale))
+
+    def context(self, batch: Batch, index: Tensor, rng: torch.Generator) -> Tensor:
+        """Text tokens, and those of each clip's condition frame [b] behind them, with conditions dropped."""
+        c, networks, size = self.conditions, self.networks, len(batch)
+        r = torch.rand(size, generator=rng)  # one draw a clip: text only, both, image only, as the released trainer
+        no_text = r < c.drop_text + c.drop_both
+        no_image = (r >= c.drop_text) & (r < c.drop_text + c.drop_both + c.drop_image)
+        captions = ["" if drop else caption for drop, caption in zip(no_text.tolist(), batch.captions, strict=True)]
+        device = next(self.unet.parameters()).device
+        text = text_tokens(networks, captions, device)
+        if c.context == "none":
+            return text
+        frames = batch.frames[torch.arange(size), index].to(device)
+        tokens = visual_tokens(networks, frames, grey=no_image.to(device))
+        if c.context == "class_token":
+            tokens = tokens[:, :1]
+        image = self.query_transformer(tokens)
+        if self.single_frames:
+            image = image[:, : networks.cfg.unet.image_tokens]
+        return torch.cat([text, image], dim=1)
+
+    def forward(self, batch_size: int, rng: torch.Generator) -> dict[str, Tensor]:
+        """One time step for each clip, uniform; one condition frame for each clip."""
+        batch = self.pool.random_batch(batch_size, rng)
+        times = torch.randint(self.networks.cfg.diffusion.num_timesteps, (batch_size,), generator=rng)
+        return self.loss(batch, times, rng)
+
+    def loss(self, batch: Batch, times: Tensor, rng: torch.Generator) -> dict[str, Tensor]:
+        """The loss of these clips at these time steps [b]; noise and conditions are drawn from `rng`."""
+        networks, c, size = self.networks, self.conditions, len(batch)
+        device = next(self.unet.parameters()).device
+        z = scaled_latents(networks, batch, device)  # b c t h w
+        frames = z.shape[2]
+        index = torch.randint(frames, (size,), generator=rng)
+        if c.condition_frame == "first":
+            index = torch.zeros_like(index)
+        if self.single_frames:  # the condition is the exact frame
+            z = z[torch.arange(size), :, index][:, :, None]
+        vdg = torch.zeros_like(z)
+        if c.vdg == "frame" and not self.single_frames:
+            vdg = z[torch.arange(size), :, index][:, :, None].expand_as(z)
+        elif c.vdg == "ends":
+            vdg[:, :, 0], vdg[:, :, -1] = z[:, :, 0], z[:, :, -1]
+        if c.drop_vdg:
+            vdg = vdg * (torch.rand(size, generator=rng) >= c.drop_vdg).to(z)[:, None, None, None, None]
+        context = self.context(batch, index, rng)
+        noise = torch.randn(z.shape, generator=rng).to(device)
+        times = times.to(device)
+        noisy, target = training_pair(self.schedule, z, noise, times)
+        fs = batch.strides if networks.cfg.fs_meaning == "frame_stride" else batch.fps
+        predicted = self.unet(torch.cat([noisy, vdg], dim=1), times, context, fs.to(device))
+        error = (predicted.float() - target).square().mean(dim=(1, 2, 3, 4))
+        if not self.min_snr:
+            return {"loss": error.mean()}
+        alpha = self.schedule.alphas_cumprod.to(device)[times]
+        snr = alpha / (1 - alpha)
+        scale = snr + 1 if self.schedule.prediction == "v" else snr
+        weight = snr.clamp(max=self.min_snr) / scale.clamp(min=1e-8)
+        return {"loss": (weight * error).mean(), "unweighted": error.mean()}

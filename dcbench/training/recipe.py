@@ -1,0 +1,116 @@
+"""Recipes: the stages of a training as data. An unknown key is an error."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from dcbench.catalogue import Facts, read_facts
+from dcbench.errors import UserError, near_match
+from dcbench.models.dynamicrafter.config import Config, variant
+from dcbench.training.loop import LoopConfig
+from dcbench.training.objective import Conditions
+
+FOLDER = Path(__file__).parent / "recipes"
+Role = Literal["context", "spatial", "temporal"]
+
+
+class Data(Facts):
+    """Where clips come from."""
+
+    dataset: str
+    split: str = "train"
+    options: dict[str, Any] = {}
+    clips: int = Field(ge=1)  # how many numbered clips there are to draw from
+    strides: tuple[int, ...] = (1, 2, 3, 4, 5, 6)
+    cache: bool = False  # keep clips in memory and their latents on disk; for small worlds
+
+
+class Stage(Facts):
+    """One stage. The fields of LoopConfig and Conditions, under their names, and what is learned."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
+    objective: Literal["autoencoder", "clip", "diffusion"] = "diffusion"
+    source: str = ""  # what the paper prints about this stage
+    # how long and how fast
+    steps: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    lr: float = Field(gt=0)
+    final_lr: float | None = None
+    warmup: int = 0
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    grad_clip: float = 1.0
+    accumulate: int = Field(1, ge=1)
+    ema: float = Field(0.0, ge=0, lt=1)
+    precision: Literal["float32", "float16", "bfloat16"] = "float32"
+    save_every: int = 500
+    log_every: int = 20
+    # diffusion
+    train: tuple[Role, ...] = ("context", "spatial")
+    context: Literal["none", "frame", "class_token"] = "frame"
+    vdg: Literal["none", "frame", "ends"] = "frame"
+    condition_frame: Literal["random", "first"] = "random"
+    drop_text: float = 0.05
+    drop_image: float = 0.05
+    drop_both: float = 0.05
+    drop_vdg: float = 0.0
+    single_frames: bool = False
+    fixed_image_scale: bool = False
+    min_snr: float = 0.0
+    # autoencoder
+    kl_weight: float = 1e-6
+    detail_weight: float = 0.0
+
+    def loop(self) -> LoopConfig:
+        return LoopConfig(**{name: getattr(self, name) for name in LoopConfig.__dataclass_fields__})
+
+    def conditions(self) -> Conditions:
+        return Conditions(**{name: getattr(self, name) for name in Conditions.__dataclass_fields__})
+
+
+class Start(Facts):
+    """Weights to begin with: a checkpoint file and which parts of the model to take from it."""
+
+    file: str
+    parts: tuple[Literal["unet", "query_transformer", "autoencoder", "text", "image"], ...]
+    note: str = ""
+
+
+class Recipe(Facts):
+    """A whole training."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
+    summary: str
+    variant: str = "256"
+    model: dict[str, Any] = {}  # fields of Config that differ from the variant, nested as there
+    seed: int = 0
+    data: Data
+    start: tuple[Start, ...] = ()
+    stages: tuple[Stage, ...] = Field(min_length=1)
+
+    def config(self) -> Config:
+        values = variant(self.variant).to_dict()
+        for name, value in self.model.items():
+            values[name] = {**values[name], **value} if isinstance(value, dict) and name in values else value
+        return Config.from_dict(values)
+
+    def stage(self, name: str) -> Stage:
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        names = [stage.name for stage in self.stages]
+        raise UserError(f"{self.name} has no stage {name!r}.{near_match(name, names)} Its stages: {', '.join(names)}")
+
+
+def find_recipe(name: str) -> Recipe:
+    """A recipe by name, or by the path of a TOML file."""
+    if name.endswith(".toml"):
+        return read_facts(Path(name).expanduser(), Recipe)
+    names = sorted(path.stem for path in FOLDER.glob("*.toml"))
+    if name not in names:
+        raise UserError(
+            f"no recipe is called {name!r}.{near_match(name, names)} Known: {', '.join(names)}. "
+            "A path of a TOML file works too."
+        )
+    return read_facts(FOLDER / f"{name}.toml", Recipe)

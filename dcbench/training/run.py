@@ -1,0 +1,170 @@
+"""`dcbench train`: the stages of a recipe one after the other, each resumable, into one directory.
+
+<out>/recipe.json  <out>/<stage>/{state.pt, log.jsonl, weights.safetensors}  <out>/loss.png
+<out>/weights.safetensors  <out>/config.json      what a model card's `variant` and `weights` can name
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dcbench import clips
+from dcbench.catalogue import find_dataset, load_entry_point
+from dcbench.errors import UserError
+from dcbench.models.dynamicrafter.networks import Networks
+from dcbench.seeding import clip_seed
+from dcbench.training.data import CachedPool, ClipPool
+from dcbench.training.loop import Process, Task, fit, plot_log, process_group
+from dcbench.training.networks import build, freeze, load_parts, save, set_scale_factor
+from dcbench.training.objective import AutoencoderTask, ContrastiveTask, DiffusionTask, Pool
+from dcbench.training.recipe import Recipe, Stage
+from dcbench.weights import atomic_write, load_tensors
+
+LEARNED = {"autoencoder": ("autoencoder",), "clip": ("text", "image"), "diffusion": ("unet", "query_transformer")}
+Progress = Callable[[str, int, int, dict[str, float]], None]  # stage, step, steps, the log's line
+
+
+def run(
+    recipe: Recipe,
+    out: Path,
+    data_root: Path | None = None,
+    stages: tuple[str, ...] | None = None,
+    device: str = "auto",
+    stop_after: float | None = None,
+    progress: Progress | None = None,
+) -> bool:
+    """Train the recipe's stages (or those named, in the recipe's order) into `out`; True when all are finished.
+
+    A stage that is finished is not done again; one that was interrupted continues. Stops, resumable, after
+    `stop_after` seconds.
+    """
+    for name in stages or ():
+        recipe.stage(name)
+    with process_group(device) as process:
+        networks = build(recipe.config(), clip_seed(recipe.seed, "networks"))
+        for start in recipe.start:
+            missing = load_parts(networks, load_tensors(Path(start.file).expanduser()), start.parts)
+            if missing and process.first:
+                print(
+                    f"{start.file}: {len(missing)} tensors are not in it and begin as new: {', '.join(missing[:8])} ..."
+                )
+        networks.to(process.device)
+        pools = _Pools(recipe, networks, out, data_root, process)
+        for stage in recipe.stages:
+            directory = out / stage.name
+            done = directory / "weights.safetensors"
+            if done.is_file():
+                _load_stage(networks, done, stage)
+                continue
+            if stages and stage.name not in stages:
+                continue
+            task = make_task(stage, networks, pools.get(stage))
+            identity = {"stage": stage.model_dump(), "seed": recipe.seed, "config": asdict(networks.cfg)}
+
+            def report(step: int, line: dict[str, float], stage: Stage = stage) -> None:
+                if progress:
+                    progress(stage.name, step, stage.steps, line)
+
+            seed = clip_seed(recipe.seed, f"stage/{stage.name}")
+            if not fit(task, stage.loop(), directory, seed, process, stop_after, report, identity):
+                return False
+            freeze(networks)
+            if stage.objective == "autoencoder":
+                set_scale_factor(networks, measure_scale(networks, pools.plain()))
+            if process.first:
+                _save_stage(networks, done, stage)
+                logs = {
+                    s.name: out / s.name / "log.jsonl" for s in recipe.stages if (out / s.name / "log.jsonl").is_file()
+                }
+                plot_log(logs, out / "loss.png")
+        if process.first and all((out / stage.name / "weights.safetensors").is_file() for stage in recipe.stages):
+            export(networks, out)
+            return True
+        return not process.first
+
+
+def make_task(stage: Stage, networks: Networks, pool: Pool) -> Task:
+    """The stage's objective over `pool`, with exactly its parameters trainable."""
+    freeze(networks)
+    if stage.objective == "autoencoder":
+        return AutoencoderTask(networks, pool, stage.kl_weight, stage.detail_weight)
+    if stage.objective == "clip":
+        return ContrastiveTask(networks, pool)
+    return DiffusionTask(
+        networks, pool, stage.conditions(), stage.train, stage.single_frames, stage.fixed_image_scale, stage.min_snr
+    )
+
+
+class _Pools:
+    """The recipe's clips, read once; latents are cached when the first diffusion stage needs them."""
+
+    def __init__(self, recipe: Recipe, networks: Networks, out: Path, root: Path | None, process: Process) -> None:
+        self.recipe, self.networks, self.out, self.process = recipe, networks, out, process
+        card = find_dataset(recipe.data.dataset)
+        if card.needs_files and root is None:
+            raise UserError(f"{card.name} needs its files: give --data DIR ({card.layout or 'see its card'})")
+        dataset = load_entry_point(card)(card, root, recipe.data.options)
+        items = dataset.items(recipe.data.split)
+        if not items:
+            raise UserError(f"{card.name}: the split {recipe.data.split!r} is empty")
+        config = networks.cfg
+        self.pool = ClipPool(
+            items, config.num_frames, recipe.data.strides, config.height, config.width, recipe.data.clips, recipe.seed
+        )
+        self.cached: dict[bool, CachedPool] = {}
+
+    def plain(self) -> Pool:
+        return self._cached(latents=False) if self.recipe.data.cache else self.pool
+
+    def get(self, stage: Stage) -> Pool:
+        if not self.recipe.data.cache:
+            return self.pool
+        return self._cached(latents=stage.objective == "diffusion")
+
+    def _cached(self, latents: bool) -> CachedPool:
+        if latents not in self.cached:
+            cache = self.out / f"latents-{self.process.rank}.safetensors"
+            self.cached[latents] = CachedPool(self.pool, cache, self._encode if latents else None)
+        return self.cached[latents]
+
+    @torch.no_grad()
+    def _encode(self, frames: Tensor) -> Tensor:
+        return self.networks.autoencoder.encode(clips.to_float(frames).to(self.process.device)).mean.cpu()
+
+
+@torch.no_grad()
+def measure_scale(networks: Networks, pool: Pool) -> float:
+    """1 / standard deviation of the latents of 1024 frames, so that scaled latents have unit variance."""
+    rng = torch.Generator().manual_seed(0)
+    device = next(networks.autoencoder.parameters()).device
+    means = []
+    for _ in range(16):
+        frames = pool.random_batch(64, rng).frames
+        pick = torch.randint(frames.shape[1], (64,), generator=rng)
+        means.append(networks.autoencoder.encode(clips.to_float(frames[torch.arange(64), pick]).to(device)).mean)
+    return round(1 / float(torch.cat(means).std()), 4)
+
+
+def _save_stage(networks: Networks, path: Path, stage: Stage) -> None:
+    """The parts that this stage's objective can change: independent stages may run side by side into one directory."""
+    save(networks, path, parts=LEARNED[stage.objective])
+    with atomic_write(path.with_name("config.json")) as temporary:
+        temporary.write_text(json.dumps(networks.cfg.to_dict(), indent=1))
+
+
+def _load_stage(networks: Networks, path: Path, stage: Stage) -> None:
+    load_parts(networks, load_tensors(path), LEARNED[stage.objective])
+    if stage.objective == "autoencoder":
+        config = json.loads(path.with_name("config.json").read_text())
+        set_scale_factor(networks, config["autoencoder"]["scale_factor"])
+
+
+def export(networks: Networks, out: Path) -> None:
+    """The finished model: weights in half precision under the released names, and its configuration."""
+    save(networks, out / "weights.safetensors", torch.float16)
+    with atomic_write(out / "config.json") as temporary:
+        temporary.write_text(json.dumps(networks.cfg.to_dict(), indent=1))
