@@ -342,8 +342,7 @@ def _first_line(text: str) -> str:
 
 
 def to_markdown(table: Table) -> str:
-    several = len({dataset for dataset, _ in table.columns}) > 1
-    headings = [f"{dataset} {heading}" if several else heading for dataset, heading in table.columns]
+    """A table for each dataset, so that it fits a screen, and the footnotes of all below."""
 
     def show(cell: Cell) -> str:
         text = _markdown(cell.text)
@@ -351,15 +350,22 @@ def to_markdown(table: Table) -> str:
         head, space, interval = text.partition(" [")
         return (f"**{head}**{space}{interval}" if cell.bold else text) + (f" {marks}" if marks else "")
 
-    lines: list[list[str]] = []
-    for block, rows in table.blocks:
-        lines.append([f"*{_markdown(block)}*", *[""] * len(headings)])
-        lines += [[show(label), *map(show, cells)] for label, cells in rows]
-    frame = pd.DataFrame(lines, columns=pd.Index(["Model", *map(_markdown, headings)]))
-    text = frame.to_markdown(index=False, disable_numparse=True)
+    parts = []
+    for dataset in dict.fromkeys(dataset for dataset, _ in table.columns):
+        own = [n for n, column in enumerate(table.columns) if column[0] == dataset]
+        lines: list[list[str]] = []
+        for block, rows in table.blocks:
+            inside = [
+                [show(label), *(show(cells[n]) for n in own)]
+                for label, cells in rows
+                if any(cells[n].text for n in own)
+            ]
+            lines += [[f"*{_markdown(block)}*", *[""] * len(own)], *inside] if inside else []
+        headings = ["Model", *(_markdown(table.columns[n][1]) for n in own)]
+        frame = pd.DataFrame(lines, columns=pd.Index(headings))
+        parts.append(f"Dataset: {_markdown(dataset)}\n\n{frame.to_markdown(index=False, disable_numparse=True)}\n\n")
     notes = "\n".join(f"[{n}] {_markdown(note)}  " for n, note in enumerate(table.notes, 1))
-    caption = "" if several else f"Dataset: {_markdown(table.columns[0][0])}\n\n" if table.columns else ""
-    return f"{caption}{text}\n\n{notes}".rstrip() + "\n"
+    return "".join(parts) + notes.rstrip() + "\n"
 
 
 def _markdown(text: str) -> str:
@@ -378,7 +384,9 @@ TEX = {
 
 
 def tex(text: str) -> str:
-    return "".join(TEX.get(char, char) for char in text)
+    """Text as LaTeX prints it: no command, no ligature of hyphens, a minus before digits."""
+    escaped = "".join(TEX.get(char, char) for char in text)
+    return re.sub(r"(?<![\w-])-(?=\d)", "$-$", re.sub("-(?=-)", "-{}", escaped))
 
 
 def to_latex(table: Table) -> str:
