@@ -70,8 +70,8 @@ def frechet_infinity(
     real: Tensor,
     generated: Tensor,
     blocks: Sequence[Tensor] = (),
-    points: int = 10,
-    draws: int = 2,
+    points: int = 8,
+    draws: int = 1,
     order: int = 2,
     seed: int = 0,
 ) -> Extrapolation:

@@ -5,8 +5,10 @@ PIC = mean over frames of 1 - D(input image, frame), D = DreamSim (arXiv 2306.09
 
 import contextlib
 import io
+import pickle
 import shutil
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -98,7 +100,10 @@ def _kept_local(dino: Path | None) -> Iterator[None]:
     hub, torch_load, folder = torch.hub.load, torch.load, torch.hub._hub_dir  # type: ignore[attr-defined]
     torch.hub.load, torch.load = hub_load, load
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", message="Already found a `peft_config`"
+            )  # DreamSim wraps its network twice
             yield
     finally:
         torch.hub.load, torch.load, torch.hub._hub_dir = hub, torch_load, folder  # type: ignore[attr-defined]
@@ -119,7 +124,7 @@ class DreamSimEmbedder(FeatureExtractor):
                 self.network: Any = dreamsim(
                     pretrained=True, device=device, cache_dir=str(folder.absolute()), dreamsim_type=kind
                 )[0]
-            except (OSError, KeyError, RuntimeError) as error:
+            except (OSError, KeyError, RuntimeError, TypeError, pickle.UnpicklingError, EOFError) as error:
                 raise UserError(
                     f"DreamSim {kind} cannot be loaded from {folder}: {type(error).__name__}: {error}. "
                     "Remove the folder and fetch it again."

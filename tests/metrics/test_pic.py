@@ -1,0 +1,217 @@
+"""PIC through the real DreamSim package, with random weights stored in its own file format."""
+
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from dreamsim import model as package
+from dreamsim.feature_extraction.vision_transformer import DINOHead, vit_base
+from torch import Tensor
+
+from dcbench.catalogue import find_metric, load_entry_point
+from dcbench.errors import UserError
+from dcbench.metrics import pic
+from dcbench.metrics.per_clip import to_pil
+from dcbench.metrics.pic import DreamSimEmbedder, PerceptualInputConformity, dreamsim_folder
+from dcbench.models.base import Runtime
+from dcbench.weights import MissingWeights, weights_dir
+
+
+def store_clip_branch(folder: Path, name: str, patch: int) -> None:
+    """A CLIP tower in DreamSim's own form."""
+    tower = vit_base(patch_size=patch)
+    tower.add_module("pos_drop", torch.nn.LayerNorm(768))
+    torch.nn.init.normal_(tower.cls_token, std=0.02)
+    torch.nn.init.normal_(tower.pos_embed, std=0.02)
+    state = {**tower.state_dict(), "proj": torch.randn(768, 512) / 28}
+    torch.save({"state_dict": state}, folder / f"{name}_pretrain.pth.tar")
+
+
+def store_lora(folder: Path, kind: str, model: str) -> None:
+    """Random low-rank updates of that type, as peft saves them."""
+    settings = package.dreamsim_args["model_config"][kind]
+    network = package.PerceptualModel(**settings, device="cpu", load_dir=str(folder), normalize_embeds=True)
+    wrapped = peft.get_peft_model(network, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["qkv"], bias="none"))
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    wrapped.save_pretrained(str(folder / f"{model}_lora"))
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with DreamSim's open_clip_vitb32 type, weights random."""
+    folder = tmp_path_factory.mktemp("dreamsim")
+    torch.manual_seed(0)
+    store_clip_branch(folder, "open_clip_vitb32", 32)
+    store_lora(folder, "open_clip_vitb32", "open_clip_vitb32_single")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def metric(stored: Path) -> PerceptualInputConformity:
+    return PerceptualInputConformity(find_metric("pic"), DreamSimEmbedder("open_clip_vitb32", stored))
+
+
+def direct(folder: Path, kind: str, image: Tensor, clip: Tensor) -> list[float]:
+    """The paper's equation, slowly: the package's own model and preprocessing, one pair of pictures at a time."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        network, preprocess = package.dreamsim(device="cpu", cache_dir=str(folder), dreamsim_type=kind)
+    with torch.no_grad():
+        return [1 - float(network(preprocess(to_pil(image)), preprocess(to_pil(frame)))) for frame in clip]
+
+
+def test_equals_the_papers_equation(metric: PerceptualInputConformity, stored: Path, moving_clip: Tensor) -> None:
+    """Measured: 2e-7."""
+    image, clip = moving_clip[0], moving_clip[:5]
+    expected = direct(stored, "open_clip_vitb32", image, clip)
+    row = metric.extract([clip], [image])[0]
+    assert row["per_frame"] == pytest.approx(expected, abs=2e-6)
+    assert row["value"] == pytest.approx(sum(expected) / 5, abs=2e-6)
+    assert row["without_first"] == pytest.approx(sum(expected[1:]) / 4, abs=2e-6)
+    assert row["per_frame"][0] == 1 and row["per_frame"][4] < 1
+
+
+def test_identical_frames_give_exactly_one(metric: PerceptualInputConformity, moving_clip: Tensor) -> None:
+    image = moving_clip[3]
+    row = metric.extract([image.repeat(6, 1, 1, 1)], [image])[0]
+    assert row["value"] == 1 and row["without_first"] == 1 and row["per_frame"] == [1.0] * 6
+
+
+def test_the_image_is_the_first_argument(metric: PerceptualInputConformity, moving_clip: Tensor) -> None:
+    """Swapping two images between two clips must change both values."""
+    clips = [moving_clip[:2], moving_clip[:2].flip(3)]
+    right = metric.extract(clips, [clip[0] for clip in clips])
+    wrong = metric.extract(clips, [clips[1][0], clips[0][0]])
+    assert all(r["value"] > w["value"] for r, w in zip(right, wrong, strict=True))
+
+
+def test_batches_and_neighbours_do_not_matter(metric: PerceptualInputConformity, moving_clip: Tensor) -> None:
+    clips = [moving_clip[:2], moving_clip[4:7].flip(2)]
+    images = [moving_clip[0], moving_clip[9]]
+    together = metric.extract(clips, images)
+    metric.extractor.remembered._known.clear()
+    alone = [metric.extract([clip], [image])[0] for clip, image in zip(clips[::-1], images[::-1], strict=True)][::-1]
+    for one, other in zip(together, alone, strict=True):
+        assert one["per_frame"] == pytest.approx(other["per_frame"], abs=1e-6)
+
+
+def test_one_embedding_a_picture(
+    metric: PerceptualInputConformity, moving_clip: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embedded: list[int] = []
+    embed: Callable[[Tensor], Tensor] = metric.extractor.network.embed
+    monkeypatch.setattr(metric.extractor.network, "embed", lambda x: embedded.append(len(x)) or embed(x))
+    metric.extract([moving_clip[10:14].flip(3)], [moving_clip[1].flip(1)])
+    assert embedded == [5]
+
+
+def test_nothing_is_left_behind(
+    metric: PerceptualInputConformity, stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """No write to the working directory, no chatter, torch.hub and torch.load as they were."""
+    monkeypatch.chdir(tmp_path)
+    before = torch.hub.load, torch.load, torch.hub.get_dir()
+    again = DreamSimEmbedder("open_clip_vitb32", stored)
+    assert again.identity == metric.extractor.identity
+    assert again.identity["name"] == "dreamsim open_clip_vitb32" and len(again.identity["weights_sha256"]) == 64
+    assert (torch.hub.load, torch.load, torch.hub.get_dir()) == before
+    assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
+
+
+def test_the_hash_is_of_every_weight(stored: Path, metric: PerceptualInputConformity, tmp_path: Path) -> None:
+    """The projection behind the tower lies in no state dict of the network, and must count too."""
+    for path in stored.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    file = tmp_path / "open_clip_vitb32_pretrain.pth.tar"
+    saved = torch.load(file)
+    saved["state_dict"]["proj"][0, 0] += 1
+    file.unlink()
+    torch.save(saved, file)
+    assert DreamSimEmbedder("open_clip_vitb32", tmp_path).weights_sha256 != metric.extractor.weights_sha256
+
+
+@pytest.mark.slow
+def test_the_ensemble_runs_without_torch_hub(tmp_path: Path, moving_clip: Tensor) -> None:
+    """DINO's network comes from the package, its weights from a file; the value is the package's own with its hub."""
+    torch.manual_seed(1)
+    for name in ("clip_vitb16", "open_clip_vitb16"):
+        store_clip_branch(tmp_path, name, 16)
+    head = DINOHead(768, 2048)
+    student = {f"module.head.{k}": v for k, v in head.state_dict().items() if "last_layer" not in k}
+    student["module.head.last_layer.weight"] = torch.randn(2048, 256)
+    torch.save({"student": student}, tmp_path / "dino_vitb16_pretrain.pth")
+    torch.save(vit_base(patch_size=16, num_classes=0).state_dict(), tmp_path / "dino.pth")
+    with pic._kept_local(tmp_path / "dino.pth"):
+        store_lora(tmp_path, "ensemble", "ensemble")
+    metric = PerceptualInputConformity(
+        find_metric("pic"), DreamSimEmbedder("ensemble", tmp_path, tmp_path / "dino.pth")
+    )
+    row = metric.extract([moving_clip[:3]], [moving_clip[0]])[0]
+    with pic._kept_local(tmp_path / "dino.pth"):
+        expected = direct(tmp_path, "ensemble", moving_clip[0], moving_clip[:3])
+    assert row["per_frame"] == pytest.approx(expected, abs=2e-6) and row["per_frame"][0] == 1
+
+
+def test_foreign_code_from_torch_hub_is_refused() -> None:
+    with pic._kept_local(None), pytest.raises(UserError, match="which dcbench does not run"):
+        torch.hub.load("facebookresearch/dino:main", "dino_vitb16")
+
+
+def card(**options: Any) -> Any:
+    known = find_metric("pic")
+    return known.model_copy(update={"options": known.options | options})
+
+
+def test_missing_weights_and_wrong_types_say_what_to_do() -> None:
+    build = load_entry_point(find_metric("pic"))
+    with pytest.raises(MissingWeights, match=r"dino_vitbase16_pretrain\.pth"):
+        build(card(), Runtime(offline=True))
+    with pytest.raises(MissingWeights, match=r"dreamsim-clip_vitb32\.zip"):
+        build(card(dreamsim_type="clip_vitb32"), Runtime(offline=True))
+    with pytest.raises(UserError, match=r"unpinned code(.|\n)*Known: ensemble"):
+        build(card(dreamsim_type="dinov2_vitb14"), Runtime(offline=True))
+    with pytest.raises(UserError, match='Did you mean "ensemble"'):
+        build(card(dreamsim_type="ensembl"), Runtime(offline=True))
+
+
+def test_archives_are_checked_and_unpacked_once(stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DCBENCH_WEIGHTS", str(tmp_path / "weights"))
+    archive = weights_dir() / "dreamsim-open_clip_vitb32.zip"
+    archive.write_bytes(b"not a zip file")
+    with pytest.raises(UserError, match="is damaged"):
+        dreamsim_folder("open_clip_vitb32", (), offline=True)
+    with zipfile.ZipFile(archive, "w") as zipped:
+        zipped.writestr("open_clip_vitb32_pretrain.pth.tar", b"")
+    with pytest.raises(UserError, match="holds no open_clip_vitb32_single_lora"):
+        dreamsim_folder("open_clip_vitb32", (), offline=True)
+    with zipfile.ZipFile(archive, "w") as zipped:
+        for path in sorted(stored.rglob("*")):
+            zipped.write(path, path.relative_to(stored))
+    metric = load_entry_point(find_metric("pic"))(card(dreamsim_type="open_clip_vitb32"), Runtime(offline=True))
+    assert metric.extractor.name == "dreamsim open_clip_vitb32"
+    archive.unlink()
+    assert dreamsim_folder("open_clip_vitb32", (), offline=True).is_dir()
+    assert [path.name for path in weights_dir().iterdir()] == ["dreamsim-open_clip_vitb32"]
+
+
+def test_damaged_weights_are_named(stored: Path, tmp_path: Path) -> None:
+    (tmp_path / "open_clip_vitb32_single_lora").mkdir()
+    (tmp_path / "open_clip_vitb32_single_lora" / "adapter_config.json").write_text("{}")
+    (tmp_path / "open_clip_vitb32_pretrain.pth.tar").write_bytes(b"cut off")
+    with pytest.raises(UserError, match="cannot be loaded from"):
+        DreamSimEmbedder("open_clip_vitb32", tmp_path)
+
+
+def test_a_missing_image_is_an_error(metric: PerceptualInputConformity, moving_clip: Tensor) -> None:
+    with pytest.raises(UserError, match="PIC needs one image for each of the 1 clips; got 0"):
+        metric.extract([moving_clip], None)
+    with pytest.raises(ValueError, match=r"PIC: clip: got uint8 \[16, 1, 64, 80\]"):
+        metric.extract([moving_clip[:, :1]], [moving_clip[0]])
