@@ -10,5 +10,6 @@ class UserError(ValueError):
 
 def near_match(given: str, allowed: Iterable[str]) -> str:
     """' Did you mean "x"?' for the nearest allowed name, or ''."""
-    found = difflib.get_close_matches(given.lower(), list(allowed), n=1, cutoff=0.5)
-    return f' Did you mean "{found[0]}"?' if found else ""
+    by_lower = {name.lower(): name for name in allowed}
+    found = difflib.get_close_matches(given.lower(), by_lower, n=1, cutoff=0.5)
+    return f' Did you mean "{by_lower[found[0]]}"?' if found else ""

@@ -1,18 +1,20 @@
 """Every pipeline class of the cards, with random weights of a few thousand parameters and tokenizers built here.
 
 The classes, their configurations and `save_pretrained` are the libraries' own; only the sizes are small, and the
-tokenizers know few words. `build(class name, folder)` leaves what `from_pretrained` of that class reads.
+tokenizers know few words. `build(name, folder)` leaves what `from_pretrained` of that class reads.
 """
 
+import importlib
 import string
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import tokenizers
 import torch
-import transformers
+
+diffusers: Any = importlib.import_module("diffusers")  # both fill their names in lazily: no types to check against
+transformers: Any = importlib.import_module("transformers")
 
 WIDTH = 32  # of every text and image embedding
 NORM = {"norm_num_groups": 8}
@@ -121,7 +123,7 @@ def stable_diffusion_parts() -> dict[str, Any]:
         "text_encoder": clip_text(),
         "tokenizer": clip_tokenizer(),
         "unet": stable_diffusion_unet(),
-        "scheduler": diffusers.DDIMScheduler(beta_schedule="linear", clip_sample=False),
+        "scheduler": diffusers.DDIMScheduler(beta_schedule="linear", clip_sample=False, steps_offset=1),
         "feature_extractor": clip_images(),
         "image_encoder": clip_vision(),
     }
@@ -131,7 +133,7 @@ def i2vgen_xl() -> Any:
     unet = diffusers.I2VGenXLUNet(
         sample_size=16, block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=WIDTH,
         down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"), up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
-        num_attention_heads=2, **NORM,
+        attention_head_dim=8, **NORM,
     )  # fmt: skip
     return diffusers.I2VGenXLPipeline(**stable_diffusion_parts() | {"unet": unet})
 
@@ -229,10 +231,10 @@ def hunyuan_video() -> Any:
     )  # fmt: skip
 
 
-def _wan_transformer(kind: Any) -> Any:
+def _wan_transformer(kind: Any, image_dim: int | None = WIDTH) -> Any:
     return kind(
         num_attention_heads=2, attention_head_dim=12, in_channels=36, out_channels=16, text_dim=WIDTH, freq_dim=32,
-        ffn_dim=32, num_layers=1, image_dim=WIDTH, rope_max_seq_len=32,
+        ffn_dim=32, num_layers=1, image_dim=image_dim, rope_max_seq_len=32,
     )  # fmt: skip
 
 
@@ -245,6 +247,21 @@ def wan() -> Any:
         image_processor=clip_images(), image_encoder=clip_vision(projected=False),
         transformer=_wan_transformer(diffusers.WanTransformer3DModel),
     )  # fmt: skip
+
+
+def wan22() -> Any:
+    """The second generation: two transformers that share the noise levels, and no image encoder."""
+    pipeline = wan()
+    parts = pipeline.components | {"image_encoder": None, "image_processor": None}
+    for name in ("transformer", "transformer_2"):
+        parts[name] = _wan_transformer(diffusers.WanTransformer3DModel, image_dim=None)
+    return diffusers.WanImageToVideoPipeline(**parts, boundary_ratio=0.9)
+
+
+def stable_diffusion() -> Any:
+    """A base on which motion adapters sit."""
+    parts = stable_diffusion_parts() | {"safety_checker": None}
+    return diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False)
 
 
 def skyreels() -> Any:
@@ -268,11 +285,13 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "HunyuanVideoImageToVideoPipeline": hunyuan_video,
     "WanImageToVideoPipeline": wan,
     "SkyReelsV2ImageToVideoPipeline": skyreels,
+    "Wan2.2": wan22,
+    "StableDiffusionPipeline": stable_diffusion,
 }
 
 
-def build(class_name: str, folder: Path) -> Path:
+def build(name: str, folder: Path) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        BUILDERS[class_name]().save_pretrained(folder, safe_serialization=True)
+        BUILDERS[name]().save_pretrained(folder, safe_serialization=True)
     return folder
