@@ -5,6 +5,7 @@ with a `_forward_module.` prefix, and the 256 model's older name of the fps embe
 """
 
 import dataclasses
+import functools
 import hashlib
 import shutil
 import warnings
@@ -32,6 +33,7 @@ BUFFERS = (
 SCALE = "scale_arr"
 
 
+@functools.cache
 def layout(cfg: Config) -> tuple[Shapes, Shapes]:
     """(needed, optional) keys and shapes of a released checkpoint; together they are all of them.
 
