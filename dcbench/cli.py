@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -48,20 +49,32 @@ Download = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")]
 
 
+class _Stopped(BaseException):
+    """Ctrl-C, or a polite kill. Not KeyboardInterrupt, which the argument parser would take for itself."""
+
+
+def _stop(number: int, frame: object) -> None:
+    raise _Stopped(number)
+
+
 def main() -> None:
     """Entry point: errors for the user without a traceback, Ctrl-C without noise."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads starve decoding and neighbours
+    before = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         app()
     except UserError as error:
         print(f"dcbench: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
+    except _Stopped as stopped:
         print("\ndcbench: stopped. The same command continues where it was.", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(128 + int(str(stopped))) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _prepare(

@@ -317,6 +317,24 @@ def test_a_run_killed_at_twenty_random_moments_continues_to_the_same_bytes(tmp_p
     killed_runs_equal_an_undisturbed_one(tmp_path, cheap_metric, kills=20, limit=24)
 
 
+def test_ctrl_c_says_that_the_same_command_continues(tmp_path, cheap_metric):
+    process = subprocess.Popen(
+        command(tmp_path / "run", cheap_metric, 200),
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+    samples = tmp_path / "run" / "samples.jsonl"
+    while process.poll() is None and not samples.is_file():
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to decoders and to us
+    said = process.communicate()[1]
+    assert process.returncode == 130
+    assert "The same command continues" in said
+    assert "Traceback" not in said
+
+
 def test_trap_10_one_or_two_processes_give_the_same_record(tmp_path, cheap_metric):
     for ranks in (1, 2):
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
