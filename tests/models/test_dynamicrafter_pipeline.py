@@ -105,13 +105,13 @@ def test_knockouts_do_what_they_say(card: ModelCard, networks: Networks, request
     seen: dict[str, Tensor] = {}
     networks.query_transformer.register_forward_pre_hook(lambda _, inputs: seen.__setitem__("tokens", inputs[0]))
     clips = {}
-    knockouts: list[dict[str, Any]] = [
-        {"context": "none"},
-        {"context": "class_token"},
-        {"vdg": False},
-        {"image_scale": 1.0},
-    ]
-    for options in knockouts:
+    knockouts: tuple[tuple[str, Any], ...] = (
+        ("context", "none"),
+        ("context", "class_token"),
+        ("vdg", False),
+        ("image_scale", 1.0),
+    )
+    for option, value in knockouts:
         seen.clear()
         clips[str(value)] = build(card, networks, **{option: value}).generate([request_of()])[0]
         if option == "context":
