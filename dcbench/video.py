@@ -10,6 +10,7 @@ A file of variable frame rate is read frame by frame: `fps` is its average rate,
 import atexit
 import contextlib
 import errno
+import importlib.metadata
 import importlib.util
 import itertools
 import json
@@ -33,7 +34,7 @@ from torch import Tensor
 
 from dcbench.clips import check_clip
 from dcbench.errors import UserError
-from dcbench.weights import atomic_write
+from dcbench.weights import atomic_write, cache_dir
 
 Decoder = Literal["auto", "decord", "pyav"]
 SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".gif")
@@ -229,17 +230,57 @@ def has_decord() -> bool:
     return importlib.util.find_spec("decord") is not None
 
 
+class _FactsStore:
+    """Facts of files, by path, size and time: in memory, and one line each in the cache folder for the next process."""
+
+    def __init__(self) -> None:
+        self.known: dict[Path, dict[str, Facts]] = {}  # cache file -> key -> facts
+        self.lock = threading.Lock()
+
+    def _table(self) -> tuple[Path, dict[str, Facts]]:
+        file = cache_dir() / "video_facts.jsonl"
+        if file not in self.known:
+            self.known[file] = {}
+            with contextlib.suppress(FileNotFoundError):
+                for line in file.read_text(encoding="utf-8").splitlines():
+                    with contextlib.suppress(ValueError, TypeError):  # torn by a crash, or another version's
+                        key, *values = json.loads(line)
+                        self.known[file][key] = Facts(*values)
+        return file, self.known[file]
+
+    def get(self, key: str) -> Facts | None:
+        with self.lock:
+            return self._table()[1].get(key)
+
+    def put(self, key: str, facts: Facts) -> None:
+        with self.lock:
+            file, table = self._table()
+            table[key] = facts
+            with contextlib.suppress(OSError), file.open("a", encoding="utf-8") as lines:  # a full disk costs time only
+                lines.write(json.dumps([key, *facts]) + "\n")
+
+
+_facts = _FactsStore()
+
+
+@lru_cache(1)
+def _versions() -> str:
+    return " ".join(importlib.metadata.version(name) for name in ("av", *(["decord"] if has_decord() else [])))
+
+
 def examine(path: Path, with_hash: bool = False) -> Facts:
-    """Facts of a file, by decoding all of it once. Raises VideoError when no frame decodes."""
+    """Facts of a file, by decoding all of it; without the hash, a file that has not changed is decoded once only.
+
+    Raises VideoError when no frame decodes.
+    """
     try:
-        key = path.stat()
+        status = path.stat()
     except OSError as error:
         raise VideoError(f"{path}: {error.strerror or error}") from error
-    return _examine(path, key.st_size, key.st_mtime_ns, with_hash)
-
-
-@lru_cache(65536)
-def _examine(path: Path, size: int, modified: int, with_hash: bool) -> Facts:
+    key = f"{path.absolute()} {status.st_size} {status.st_mtime_ns} {_versions()}"
+    known = None if with_hash else _facts.get(key)
+    if known is not None:
+        return known
     request = {"op": "examine", "with_hash": with_hash, "with_decord": has_decord()}
     try:
         header, _ = _ask(path, request)
@@ -251,7 +292,9 @@ def _examine(path: Path, size: int, modified: int, with_hash: bool) -> Facts:
         except _WorkerDied as again:
             raise VideoError(f"{path}: {again}") from again
     header.pop("bytes")
-    return Facts(**header)
+    facts = Facts(**header)
+    _facts.put(key, facts)
+    return facts
 
 
 def probe(path: Path, decoder: Decoder = "auto") -> VideoInfo:
@@ -358,6 +401,15 @@ def read_many(
     return in_order(lambda job: read(*job), jobs, workers, ahead)
 
 
+def read_clip(path: Path) -> tuple[Tensor, float]:
+    """All frames of a clip file, uint8 [t, 3, h, w], and its fps, in one pass of PyAV; a damaged file is an error."""
+    try:
+        header, payload = _ask(path, {"op": "clip"})
+    except _WorkerDied as died:
+        raise VideoError(f"{path}: {died}") from died
+    return payload.view(header["shape"]).permute(0, 3, 1, 2).contiguous(), header["fps"]
+
+
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
@@ -410,12 +462,6 @@ def write_lossless(path: Path, clip: Tensor, fps: float) -> None:
     """A clip file, FFV1 in Matroska: the pixels come back bit for bit, with a checksum on every slice."""
     options = {"level": "3", "slices": "4", "slicecrc": "1", "coder": "1", "context": "0"}
     _encode(path, clip, fps, "matroska", "ffv1", "bgr0", options)
-
-
-def read_clip(path: Path) -> tuple[Tensor, float]:
-    """All frames of a clip file, uint8 [t, 3, h, w], and its fps."""
-    video = VideoFile(path)
-    return read(video).frames, video.info().fps
 
 
 def _even(clip: Tensor) -> Tensor:

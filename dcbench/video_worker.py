@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+CLIP_BYTES = 4e9  # what a file that is read as one clip may hold, decoded
+
 
 def open_pyav(path: str) -> Any:
     """A container; undecodable bytes in its metadata are ignored (a real file raised UnicodeDecodeError)."""
@@ -24,9 +26,23 @@ def open_pyav(path: str) -> Any:
         raise ValueError("the file holds no video stream")
     stream = container.streams.video[0]
     stream.codec_context.thread_count = 1  # one process a core; frame threads would also delay errors
-    if stream.codec_context.name == "ffv1":  # its slices carry checksums; FFmpeg would only log that one is wrong
-        stream.codec_context.options = {"err_detect": "crccheck+explode"}
     return container
+
+
+class WrongChecksum(Exception):
+    """A slice of an FFV1 frame is not what was written."""
+
+
+def decode_checked(packet: Any) -> Any:
+    """Frames of an FFV1 packet. FFmpeg conceals a slice whose checksum is wrong, and tells its log alone."""
+    import av.logging
+
+    av.logging.set_level(av.logging.ERROR)
+    with av.logging.Capture() as lines:
+        frames = packet.decode()
+    if any("CRC mismatch" in text for _, _, text in lines):
+        raise WrongChecksum("a wrong checksum")
+    return frames
 
 
 def decoded(container: Any, damage: list[str]) -> Any:
@@ -41,11 +57,11 @@ def decoded(container: Any, damage: list[str]) -> Any:
     while True:
         try:
             packet = next(packets)
-            frames = packet.decode()
+            frames = decode_checked(packet) if stream.codec_context.name == "ffv1" else packet.decode()
         except StopIteration:
             return
-        except FFmpegError as error:
-            damage.append(f"after {count} frames: {error.strerror}")
+        except (FFmpegError, WrongChecksum) as error:
+            damage.append(f"after {count} frames: {getattr(error, 'strerror', None) or error}")
             if count or isinstance(error, EOFError) or len(damage) > 100:
                 return
             continue
@@ -127,6 +143,26 @@ def read_pyav(path: str, indices: list[int]) -> np.ndarray:
     return np.stack([frames[index] for index in indices])
 
 
+def read_clip(path: str) -> tuple[dict[str, Any], memoryview]:
+    """Every frame of a short file in one pass; a file that is not whole is an error."""
+    damage: list[str] = []
+    frames: list[np.ndarray] = []
+    with contextlib.closing(open_pyav(path)) as container:
+        stream = container.streams.video[0]
+        rate = stream.average_rate or stream.guessed_rate or stream.base_rate
+        for frame in decoded(container, damage):
+            pixels = frame.to_ndarray(format="rgb24")
+            frames.append(np.rot90(pixels, round(frame.rotation / 90)) if frame.rotation else pixels)
+            if len(frames) * pixels.nbytes > CLIP_BYTES:
+                raise ValueError(f"its frames take more than {CLIP_BYTES / 1e9:.0f} GB; a clip is a few seconds long")
+    if damage or not frames:
+        raise ValueError(f"the clip is damaged ({damage[0] if damage else 'it holds no frame'})")
+    if not rate:
+        raise ValueError("the file states no frame rate")
+    clip = np.stack(frames)
+    return {"shape": list(clip.shape), "fps": float(rate)}, clip.data.cast("B")
+
+
 READERS = {"decord": read_decord, "pyav": read_pyav}
 
 
@@ -139,6 +175,8 @@ def first_line(error: BaseException) -> str:
 def answer(request: dict[str, Any]) -> tuple[dict[str, Any], memoryview | bytes]:
     if request["op"] == "examine":
         return examine(request["path"], request["with_decord"], request["with_hash"])
+    if request["op"] == "clip":
+        return read_clip(request["path"])
     frames = np.ascontiguousarray(READERS[request["decoder"]](request["path"], request["indices"]))
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[0] != len(request["indices"]):
         raise ValueError(f"{request['decoder']} returned {frames.dtype} {list(frames.shape)}")

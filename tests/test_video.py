@@ -260,6 +260,31 @@ def test_sound_only_file_is_no_video(tmp_path):
         probe(path)
 
 
+def test_a_damaged_clip_file_is_an_error_not_a_shorter_clip(tmp_path):
+    path = tmp_path / "clip.mkv"
+    video.write_lossless(path, noise(8, 64, 64), 8)
+    data = bytearray(path.read_bytes())
+    data[len(data) * 2 // 3] ^= 1  # one bit
+    path.write_bytes(data)
+    with pytest.raises(VideoError, match=r"clip\.mkv: the clip is damaged \(after 5 frames: a wrong checksum\)"):
+        video.read_clip(path)
+    assert probe(path).num_frames == 5
+
+
+def test_an_unchanged_file_is_examined_once_a_changed_one_again(files, tmp_path, monkeypatch):
+    path = tmp_path / "a.mp4"
+    path.write_bytes(files["mp4"].read_bytes())
+    assert probe(path).num_frames == 40
+    asked = []
+    real = video._ask
+    monkeypatch.setattr(video, "_ask", lambda *given: asked.append(given) or real(*given))
+    assert probe(path).num_frames == 40 and not asked
+    monkeypatch.setattr(video, "_facts", video._FactsStore())  # as another process finds it
+    assert probe(path).num_frames == 40 and not asked
+    video.write_mp4(path, numbered(12), 25)
+    assert probe(path).num_frames == 12 and len(asked) == 1
+
+
 # --- decoders that hang or crash --------------------------------------------------------------------------------------
 
 
