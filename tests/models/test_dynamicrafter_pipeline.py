@@ -113,7 +113,8 @@ def test_knockouts_do_what_they_say(card: ModelCard, networks: Networks, request
     )
     for option, value in knockouts:
         seen.clear()
-        clips[str(value)] = build(card, networks, **{option: value}).generate([request_of()])[0]
+        options: dict[str, Any] = {option: value}
+        clips[str(value)] = build(card, networks, **options).generate([request_of()])[0]
         if option == "context":
             assert ("tokens" in seen) == (value == "class_token")
         if value == "class_token":

@@ -279,6 +279,7 @@ VARIANTS: dict[str, Config] = {
         fs_range=(1, 6),
     ),
 }
+VARIANTS["tiny-interp"] = dataclasses.replace(VARIANTS["tiny"], interpolates=True)
 
 
 def variant(name: str) -> Config:

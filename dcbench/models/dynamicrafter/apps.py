@@ -1,0 +1,228 @@
+"""`dcbench animate`: a picture and a prompt, two pictures, a loop, or a story of scenes -> a video file.
+
+Any image-to-video model does the first; a model that conditions on an end image does the others.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from dcbench import video
+from dcbench.catalogue import ModelCard, cards, load_entry_point
+from dcbench.errors import UserError, near_match
+from dcbench.models.base import ImageToVideo, Request, Runtime, check_generated
+from dcbench.models.dynamicrafter.pipeline import DynamiCrafter
+from dcbench.progress import track
+from dcbench.seeding import clip_seed
+
+FPS = 8.0  # of the released files
+SCENE_KEYS = ("image", "prompt", "end_image", "seed")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One clip to make. `image` None continues from the last frame of the scene before."""
+
+    image: Tensor | None  # uint8 [3, h, w]
+    prompt: str
+    end_image: Tensor | None = None
+    seed: int | None = None
+
+
+def read_image(path: Path) -> Tensor:
+    """A picture file -> uint8 [3, h, w]; turned as its camera says, transparency over white."""
+    try:
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file)
+            if picture.has_transparency_data:
+                picture = picture.convert("RGBA")
+                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+            if picture.mode.startswith("I"):  # 16 bits: Pillow would cut them off at 255
+                picture = Image.fromarray((np.asarray(picture) / 257).astype(np.uint8))
+            array = np.array(picture.convert("RGB"))
+    except FileNotFoundError as error:
+        raise UserError(f"no such picture: {path}") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} is no picture that can be read: {error}") from error
+    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+
+
+def read_story(path: Path) -> tuple[list[Scene], float | None]:
+    """A YAML file {fps: 8, scenes: [{image, prompt, end_image, seed}, ...]} -> (scenes, fps).
+
+    Pictures lie relative to the file; a scene without an image goes on from the last frame before it.
+    """
+    try:
+        story = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(story, Mapping) or not isinstance(story.get("scenes"), list) or not story["scenes"]:
+        raise UserError(f"{path}: expected 'scenes:' with a list of 'image:' and 'prompt:'")
+    _check_keys(story, ("fps", "scenes"), str(path))
+    fps = story.get("fps")
+    if fps is not None and (isinstance(fps, bool) or not isinstance(fps, (int, float)) or not 0 < fps <= 240):
+        raise UserError(f"{path}: fps is {fps!r}; give a number above 0, up to 240")
+    return [_scene(scene, number, path) for number, scene in enumerate(story["scenes"], 1)], fps
+
+
+def _scene(scene: Any, number: int, path: Path) -> Scene:
+    where = f"{path}, scene {number}"
+    if not isinstance(scene, Mapping):
+        raise UserError(f"{where}: expected 'image:' and 'prompt:', got {scene!r}")
+    _check_keys(scene, SCENE_KEYS, where)
+    prompt, seed = scene.get("prompt", ""), scene.get("seed")
+    if not isinstance(prompt, str):
+        raise UserError(f"{where}: the prompt is {prompt!r}; put it in quotes")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise UserError(f"{where}: the seed is {seed!r}; give a whole number")
+    pictures: dict[str, Tensor | None] = {}
+    for key in ("image", "end_image"):
+        given = scene.get(key)
+        if given is not None and not isinstance(given, str):
+            raise UserError(f"{where}: {key} is {given!r}; give the path of a picture")
+        pictures[key] = None if given is None else read_image(path.parent / given)
+    if number == 1 and pictures["image"] is None:
+        raise UserError(f"{where}: the first scene needs an image")
+    return Scene(pictures["image"], prompt, pictures["end_image"], seed)
+
+
+def _check_keys(given: Mapping[str, Any], allowed: tuple[str, ...], where: str) -> None:
+    for key in given:
+        if key not in allowed:
+            raise UserError(
+                f"{where}: unknown key {key!r}.{near_match(str(key), allowed)} Allowed: {', '.join(allowed)}"
+            )
+
+
+def animate(
+    card: ModelCard,
+    image: Path,
+    prompt: str,
+    out: Path,
+    *,
+    runtime: Runtime | None = None,
+    end_image: Path | None = None,
+    loop: bool = False,
+    seed: int = 123,
+    num: int = 1,
+    fps: float = FPS,
+    motion: int | None = None,
+    quiet: bool = False,
+) -> list[Path]:
+    """Write `num` videos of one picture, each from its own noise; returns their paths (out, or out-1, out-2, ...).
+
+    `fps` is the speed of playing. `motion` is the model's own condition: the frame stride of the 256 model (1-6, more
+    is more motion), frames per second of the others (fewer is more motion); None = the released value.
+    """
+    if loop and end_image is not None:
+        raise UserError("--loop ends where it began: leave out --end-image, or --loop")
+    if num < 1:
+        raise UserError(f"--num {num}: give 1 or more")
+    first = read_image(image)
+    last = first if loop else None if end_image is None else read_image(end_image)
+    _check_out(out)
+    _check_ends(card, last is not None, "a loop" if loop else "a clip between two pictures")
+    names = [out] if num == 1 else [out.with_stem(f"{out.stem}-{k}") for k in range(1, num + 1)]
+    model = load_entry_point(card)(card, runtime or Runtime())
+    for number, path in enumerate(names):
+        scene = Scene(first, prompt, last, clip_seed(seed, str(number)))
+        clip = make(model, scene, first, fps, motion, None if quiet else path.name)
+        video.write_preview(path, clip[:-1] if loop else clip, fps)
+    return names
+
+
+def tell(
+    card: ModelCard,
+    story: Path,
+    out: Path,
+    *,
+    runtime: Runtime | None = None,
+    seed: int = 123,
+    fps: float | None = None,
+    motion: int | None = None,
+    quiet: bool = False,
+) -> Path:
+    """Write one video of a story's scenes, one after another; `fps` goes before the story's own."""
+    scenes, own_fps = read_story(story)
+    fps = fps or own_fps or FPS
+    _check_out(out)
+    for number, scene in enumerate(scenes, 1):
+        _check_ends(card, scene.end_image is not None, f"scene {number}")
+    model = load_entry_point(card)(card, runtime or Runtime())
+    clips: list[Tensor] = []
+    for number, scene in enumerate(scenes):
+        start = clips[-1][-1] if scene.image is None else scene.image
+        own = scene.seed if scene.seed is not None else clip_seed(seed, str(number))
+        what = None if quiet else f"scene {number + 1} of {len(scenes)}"
+        clips.append(make(model, Scene(start, scene.prompt, scene.end_image, own), start, fps, motion, what))
+    video.write_preview(out, torch.cat(clips), fps)
+    return out
+
+
+def make(model: ImageToVideo, scene: Scene, image: Tensor, fps: float, motion: int | None, what: str | None) -> Tensor:
+    """The clip of a scene that begins with `image`; uint8 [t, 3, h, w]. `what` names it in the progress shown."""
+    condition_fps, stride, frames = fps, None, model.card.clip.frames or 16
+    if isinstance(model, DynamiCrafter):
+        given = model.cfg.fs if motion is None else motion
+        low, high = model.cfg.fs_range
+        if not low <= given <= high:
+            meaning = model.cfg.fs_meaning
+            raise UserError(f"--motion {given}: {model.card.name} was trained with a {meaning} of {low} to {high}")
+        condition_fps, stride, frames = float(given), given, model.cfg.num_frames
+    elif motion is not None:
+        raise UserError(f"--motion: {model.card.name} has no such condition")
+    request = Request("animation", image, scene.prompt, frames, condition_fps, stride, scene.seed or 0, scene.end_image)
+    shown: dict[str, Any] = {"progress": _Steps(what)} if what and isinstance(model, DynamiCrafter) else {}
+    (clip,) = model.generate([request], **shown)
+    return check_generated(clip, request, model.card.name)
+
+
+class _Steps:
+    """A progress callback that drives the project's bar."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.bar: Iterator[int] | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if self.bar is None:
+            self.bar = iter(track(range(total), total, self.what))
+            next(self.bar)
+        next(self.bar, None)
+
+
+def _check_out(out: Path) -> None:
+    """What can be said of the output before anything is computed."""
+    if out.suffix.lower() not in video.WRITERS:
+        raise UserError(
+            f"{out}: cannot write {out.suffix or 'a file without an ending'}; use {', '.join(video.WRITERS)}"
+        )
+    if out.is_dir():
+        raise UserError(f"{out} is a folder; give a file name")
+
+
+def _check_ends(card: ModelCard, has_end: bool, what: str) -> None:
+    """A model fills in between two pictures, or it does not; say which do."""
+    can = "end_image" in card.conditions_on
+    if has_end == can:
+        return
+    fitting = [
+        other.name
+        for other in cards("models").values()
+        if isinstance(other, ModelCard) and other.available and ("end_image" in other.conditions_on) == has_end
+    ]
+    family = [name for name in fitting if name.startswith("dynamicrafter")]
+    if has_end:
+        needs = f"{what} needs a model that conditions on an end image, which {card.name} does not"
+    else:
+        needs = f"{card.name} fills in between two pictures: give --end-image or --loop"
+    raise UserError(f"{needs}. Models that can: {', '.join(family or fitting)}.")
