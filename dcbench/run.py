@@ -27,7 +27,7 @@ from dcbench.clips import resize
 from dcbench.datasets.base import Dataset, Item, find_root
 from dcbench.errors import UserError, near_match
 from dcbench.metrics.cache import FeatureCache
-from dcbench.models.base import ChecksFirst, ImageToVideo, Request, Runtime, check_generated
+from dcbench.models.base import ChecksFirst, ImageToVideo, PreparesFirst, Request, Runtime, check_generated
 from dcbench.progress import track
 from dcbench.protocol import Protocol, fingerprint, plan_clips
 from dcbench.record import Cost, Excluded, Failure, ManifestItem, Plan, Record
@@ -323,9 +323,12 @@ def sample(job: Job, options: Options) -> None:
             batches = [mine[i : i + options.batch_size] for i in range(0, len(mine), options.batch_size)]
             done = len(job.manifest) - len(missing)
             quiet = options.quiet or rank() > 0
+            spent = _prepare(job, model, mine)
             facts = {"device": runtime.device, "dtype": runtime.dtype or "float32", "hardware": hardware(runtime)}
             facts |= getattr(model, "facts", {})  # what a model alone knows: its precision, its weights
-            for _ in track(_sample_batches(job, model, batches, facts), len(mine) + done, "generating", done, quiet):
+            for _ in track(
+                _sample_batches(job, model, batches, facts, spent), len(mine) + done, "generating", done, quiet
+            ):
                 pass
         barrier()
 
@@ -333,6 +336,19 @@ def sample(job: Job, options: Options) -> None:
 def _check_model(model: ImageToVideo, missing: Sequence[ManifestItem]) -> None:
     if isinstance(model, ChecksFirst):
         model.check([entry.id for entry in missing])
+
+
+def _prepare(job: Job, model: ImageToVideo, entries: Sequence[ManifestItem]) -> dict[str, float]:
+    """Let a model that asks for it see all requests at once; seconds that it spent, by clip id."""
+    if not isinstance(model, PreparesFirst):
+        return {}
+
+    def requests() -> Iterator[Request]:
+        for entry in entries:
+            with contextlib.suppress(UserError):  # a video that cannot be read is named when its turn comes
+                yield build_request(job, entry, "reference" in model.conditions_on)
+
+    return model.prepare(requests(), job.directory.path / "work")
 
 
 def _check_room(job: Job, missing: Sequence[ManifestItem]) -> None:
@@ -347,7 +363,11 @@ def _check_room(job: Job, missing: Sequence[ManifestItem]) -> None:
 
 
 def _sample_batches(
-    job: Job, model: ImageToVideo, batches: Sequence[Sequence[ManifestItem]], facts: dict[str, str]
+    job: Job,
+    model: ImageToVideo,
+    batches: Sequence[Sequence[ManifestItem]],
+    facts: dict[str, Any],
+    spent: dict[str, float],
 ) -> Iterator[str]:
     with_reference = "reference" in model.conditions_on
 
@@ -380,7 +400,7 @@ def _sample_batches(
                     "id": request.clip_id,
                     "sha256": scoring.pixels_sha256(clip),
                     "shape": list(clip.shape),
-                    "seconds": round(seconds / len(requests), 4),
+                    "seconds": round(seconds / len(requests) + spent.get(request.clip_id, 0), 4),
                     "peak_memory_mb": round(peak_memory_mb(), 1),
                     **facts,
                 }

@@ -1,7 +1,8 @@
 """The one interface of every image-to-video model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -48,6 +49,15 @@ class ImageToVideo(Protocol):
     conditions_on: frozenset[str]
 
     def generate(self, requests: Sequence[Request]) -> list[Tensor]: ...
+
+
+@runtime_checkable
+class PreparesFirst(Protocol):
+    """A model that wants all requests before the first clip, such as a program that loads its weights once."""
+
+    def prepare(self, requests: Iterable[Request], folder: Path) -> dict[str, float]:
+        """Do the work in `folder`, which outlives an interruption. Returns seconds spent, by clip id."""
+        ...
 
 
 @runtime_checkable

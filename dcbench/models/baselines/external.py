@@ -1,0 +1,311 @@
+"""Any program as a model: it reads a file of requests, and writes videos; dcbench runs it in its own environment.
+
+The program is started once for all clips that are missing. It finds in the requests file one JSON object a line
+(`clip_id image prompt num_frames fps frame_stride seed`, `image` being the path of a PNG) and leaves for each clip, in
+the output folder, `<clip_id>.mp4` (or another video), `<clip_id>.npy` (uint8 [t, h, w, 3]), or a folder `<clip_id>/`
+of images in the order of their names. What it has finished is kept, however it ends.
+"""
+
+import contextlib
+import json
+import os
+import resource
+import shlex
+import signal
+import string
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dcbench import video
+from dcbench.catalogue import Facts, ModelCard, validate
+from dcbench.clips import TemporalPolicy, choose_in_time, resize
+from dcbench.errors import UserError
+from dcbench.models.base import Request, Runtime
+from dcbench.progress import track
+from dcbench.weights import atomic_write
+
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+LAST_LINES = 15
+
+
+class ExternalOptions(Facts):
+    """[options] of a card of this family. {braces} in the command: requests, output, python, cwd, device, adapters."""
+
+    command: str | tuple[str, ...]
+    python: str = "python3"  # of the program's own environment
+    cwd: str = ""  # where it is started
+    environment: dict[str, str] = {}  # on top of dcbench's own
+    timeout: float = 1800  # seconds in which at least one new file must appear
+    temporal: TemporalPolicy = "first"
+    resize: Literal["keep", "squash", "crop"] = "keep"  # how the clip comes back to the size of its input image
+
+
+class External:
+    """Runs the program in `prepare`, and reads what it left in `generate`."""
+
+    def __init__(self, card: ModelCard, options: ExternalOptions, device: str):
+        self.card, self.options, self.device = card, options, device
+        self.conditions_on: frozenset[str] = frozenset(card.conditions_on)
+        self.facts: dict[str, Any] = {"dtype": "of an external program"}
+        self.folder = Path()
+        self.ended = "was not started"
+        self.rank = os.environ.get("RANK", "0")  # under torchrun every process starts the program for its own share
+
+    def prepare(self, requests: Iterable[Request], folder: Path) -> dict[str, float]:
+        """Make every clip of `requests` that `folder` does not hold yet. Returns the seconds that each clip took.
+
+        A program that fails is no error here: what it finished is used, and `generate` names the first clip missing.
+        """
+        self.folder = folder.resolve()
+        output, images = self.folder / "output", self.folder / "images"
+        for path in (output, images):
+            path.mkdir(parents=True, exist_ok=True)
+        lines = []
+        for request in requests:
+            if isinstance(self._clip(request), Tensor):
+                continue
+            self._remove(request.clip_id)
+            image = images / f"{request.clip_id}.png"
+            Image.fromarray(request.image.permute(1, 2, 0).contiguous().numpy()).save(image)
+            lines.append(
+                {
+                    "clip_id": request.clip_id,
+                    "image": str(image),
+                    "prompt": request.prompt,
+                    "num_frames": request.num_frames,
+                    "fps": request.fps,
+                    "frame_stride": request.frame_stride,
+                    "seed": request.seed,
+                }
+            )
+        seconds = self._seconds()
+        if lines:
+            path = self.folder / f"requests-{self.rank}.jsonl"
+            path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            start = time.monotonic()
+            self._run(path, output, [line["clip_id"] for line in lines])
+            made = [line["clip_id"] for line in lines if self._find(line["clip_id"])]
+            seconds |= {clip_id: (time.monotonic() - start) / len(made) for clip_id in made}
+            with atomic_write(self.folder / f"seconds-{self.rank}.json") as temporary:
+                temporary.write_text(json.dumps(seconds))
+            children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+            self.facts["peak_memory_mb"] = round(children / (1e6 if sys.platform == "darwin" else 1e3), 1)
+        return seconds
+
+    def generate(self, requests: Sequence[Request]) -> list[Tensor]:
+        clips = []
+        for request in requests:
+            clip = self._clip(request)
+            if isinstance(clip, str):
+                raise UserError(
+                    f"{self.card.name}: clip {request.clip_id} {clip}; the program {self.ended}.{self._last_lines()}\n"
+                    "Clips that are finished are kept: mend the program, and give the same command again."
+                )
+            clips.append(clip)
+        return clips
+
+    # --- what the program left ---
+
+    def _find(self, clip_id: str) -> Path | None:
+        names = [clip_id, *(f"{clip_id}{suffix}" for suffix in (".npy", *video.SUFFIXES))]
+        found = [path for path in (self.folder / "output" / name for name in names) if path.exists()]
+        return found[0] if found else None
+
+    def _remove(self, clip_id: str) -> None:
+        """What is there of a clip is not usable; the program must not take it for finished."""
+        while path := self._find(clip_id):
+            if path.is_dir():
+                for file in path.iterdir():
+                    file.unlink()
+                path.rmdir()
+            else:
+                path.unlink()
+
+    def _clip(self, request: Request) -> Tensor | str:
+        """The finished clip, or what is wrong with it."""
+        path = self._find(request.clip_id)
+        if path is None:
+            return "has no output"
+        try:
+            clip, fps = read_output(path)
+            rate = fps or self.card.clip.fps or request.fps
+            indices = choose_in_time(self.options.temporal, len(clip), rate, request.num_frames, request.fps)
+        except UserError as error:
+            return f"is not usable: {error}"
+        clip = clip[indices]
+        if self.options.resize == "keep":
+            return clip
+        return resize(clip, request.image.shape[1], request.image.shape[2], self.options.resize)
+
+    def _seconds(self) -> dict[str, float]:
+        """What earlier runs of the program took for each clip."""
+        known: dict[str, float] = {}
+        for path in self.folder.glob("seconds-*.json"):
+            known |= json.loads(path.read_text())
+        return known
+
+    # --- running it ---
+
+    @property
+    def _log(self) -> Path:
+        return self.folder / f"program-{self.rank}.log"
+
+    def _last_lines(self) -> str:
+        if not self._log.is_file():
+            return ""
+        lines = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()][-LAST_LINES:]
+        said = "".join(f"\n  | {line[:300]}" for line in lines) or "\n  | (nothing)"
+        return f" The end of its output ({self._log}):{said}"
+
+    def _run(self, requests: Path, output: Path, clip_ids: list[str]) -> None:
+        fields = {
+            "requests": str(requests),
+            "output": str(output),
+            "python": _program(self.options.python),
+            "cwd": self.options.cwd,
+            "device": self.device,
+            "adapters": str(Path(__file__).with_name("adapters.py")),
+        }
+        command = [part.format(**fields) for part in split(self.options.command)]
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"} | self.options.environment
+        for name in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"):  # of dcbench's environment, not of the program's
+            if name not in self.options.environment:
+                environment.pop(name, None)
+        with self._log.open("wb") as log:
+            try:
+                process = subprocess.Popen(
+                    command,
+                    cwd=Path(self.options.cwd).expanduser() if self.options.cwd else None,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise UserError(
+                    f"{self.card.name}: cannot start {command[0]!r}: {error.strerror or error}. The whole command: "
+                    f"{shlex.join(command)}"
+                ) from error
+            try:
+                for _ in track(self._watch(process, output, set(clip_ids)), len(clip_ids), self.card.name):
+                    pass
+            finally:
+                _stop(process)
+
+    def _watch(self, process: subprocess.Popen[bytes], output: Path, waiting: set[str]) -> Iterator[str]:
+        """Yield clips as their outputs appear; end when the program does, or when nothing new has come for too long."""
+        before, last = -1, time.monotonic()
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.2)
+            running = process.returncode is None
+            files = sum(len(names) for _, _, names in os.walk(output))
+            if files != before:
+                before, last = files, time.monotonic()
+                names = {path.name if path.is_dir() else path.stem for path in output.iterdir()}
+                yield from sorted(waiting & names)
+                waiting -= names
+            if not running:
+                code = process.returncode
+                self.ended = f"ended with code {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
+                return
+            if time.monotonic() - last > self.options.timeout:
+                self.ended = f"wrote no new file for {self.options.timeout:g} seconds (options.timeout) and was stopped"
+                return
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the program and all that it started: first by asking."""
+    for kind, seconds in ((signal.SIGTERM, 5), (signal.SIGKILL, 30)):  # twice: its children may outlive it
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, kind)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+
+
+def split(command: str | tuple[str, ...]) -> tuple[str, ...]:
+    """A command line as its parts: split first, filled in later, so that a path may hold spaces."""
+    if isinstance(command, tuple):
+        return command
+    try:
+        return tuple(shlex.split(command))
+    except ValueError as error:
+        raise UserError(f"options.command {command!r} is no command line: {error}") from error
+
+
+def _program(path: str) -> str:
+    """A path with a slash is made absolute, so that it does not depend on `cwd`; a bare name is looked up in PATH."""
+    return str(Path(path).expanduser().absolute()) if os.sep in path else path
+
+
+def read_output(path: Path) -> tuple[Tensor, float | None]:
+    """(uint8 [t 3 h w], frame rate where the file has one) of a video, a .npy file or a folder of images."""
+    if path.is_dir():
+        return _read_images(path), None
+    if path.suffix != ".npy":
+        return video.read_clip(path)
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path} is no whole .npy file: {error}") from error
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3:
+        raise UserError(f"{path} holds {array.dtype} {list(array.shape)}; expected uint8 [t, h, w, 3]")
+    return torch.from_numpy(array).permute(0, 3, 1, 2).contiguous(), None
+
+
+def _read_images(folder: Path) -> Tensor:
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGES)
+    if not paths:
+        raise UserError(f"{folder} holds no image ({', '.join(IMAGES)})")
+    frames = []
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                frames.append(np.asarray(image.convert("RGB")))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise UserError(f"{path} is no whole image: {error}") from error
+        if frames[-1].shape != frames[0].shape:
+            raise UserError(f"{path} is not of the size of {paths[0].name}")
+    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous()
+
+
+def load(card: ModelCard, runtime: Runtime) -> External:
+    """Entry point of every card of this family."""
+    options: ExternalOptions = validate(card.options, ExternalOptions, f"{card.name}, options")
+    parts = split(options.command)
+    if not parts:
+        raise UserError(
+            f"{card.name}: options.command is empty; for example '{{python}} my.py {{requests}} {{output}}'"
+        )
+    known = {"requests", "output", "python", "cwd", "device", "adapters"}
+    named = set()
+    for part in parts:
+        try:
+            named |= {name for _, name, _, _ in string.Formatter().parse(part) if name is not None}
+        except ValueError as error:
+            raise UserError(f"{card.name}: options.command, {part!r}: {error}. Double a brace that is meant") from error
+    if named - known or not {"requests", "output"} <= named:
+        raise UserError(
+            f"{card.name}: options.command must name {{requests}} and {{output}}, and may name {{python}}, {{cwd}}, "
+            f"{{device}} and {{adapters}}; it names {', '.join(sorted(named)) or 'none'}. Double a brace that is meant"
+        )
+    if "cwd" in card.options and not options.cwd:
+        raise UserError(
+            f"{card.name} runs in its own repository: --set options.cwd=FOLDER, and --set options.python=PATH for the "
+            f"Python of its environment. How to set it up: docs/baselines.md{f', {card.url}' if card.url else ''}"
+        )
+    if options.cwd and not Path(options.cwd).expanduser().is_dir():
+        raise UserError(f"{card.name}: options.cwd {options.cwd!r} is no folder")
+    if options.timeout <= 0:
+        raise UserError(f"{card.name}: options.timeout is {options.timeout:g}; it must be above 0")
+    return External(card, options, runtime.device)
