@@ -92,7 +92,7 @@ class CachedPool:
         if encode is None:
             return
         if not cache.is_file():
-            latents = torch.stack([encode(frames).half() for frames, *_ in self.drawn])
+            latents = torch.stack([encode(frames).half() for frames, *_ in self.drawn]).contiguous()
             with atomic_write(cache) as temporary:
                 save_file({"latents": latents}, temporary)
         self.latents = load_file(cache)["latents"]

@@ -1,6 +1,6 @@
 """What training needs of a model's networks beside sampling: parts by name, their weights, CLIP's pooled features."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dcbench import clips
-from dcbench.errors import UserError
 from dcbench.models.dynamicrafter.conditioning import preprocess, tokenize
 from dcbench.models.dynamicrafter.config import Config
 from dcbench.models.dynamicrafter.networks import Networks
@@ -42,29 +41,6 @@ def set_scale_factor(networks: Networks, scale_factor: float) -> None:
     autoencoder = replace(networks.cfg.autoencoder, scale_factor=scale_factor)
     networks.cfg = replace(networks.cfg, autoencoder=autoencoder)
     networks.autoencoder.cfg = autoencoder
-
-
-def load_parts(networks: Networks, state: Mapping[str, Tensor], parts: Iterable[str] = PREFIXES) -> list[str]:
-    """Take over the weights of these parts; returns the names that `state` does not have, which stay as they were.
-
-    A tensor of another shape, or a part of which nothing is there, is an error.
-    """
-    own = networks.state_dict()
-    taken: dict[str, Tensor] = {}
-    missing: list[str] = []
-    for part in parts:
-        wanted = [name for name in own if name.startswith(PREFIXES[part])]
-        found = [name for name in wanted if name in state]
-        if not found:
-            raise UserError(f"the weights hold nothing of {part}: no name starts with {PREFIXES[part]}")
-        for name in found:
-            if state[name].shape != own[name].shape:
-                shapes = f"{list(state[name].shape)} in the weights and {list(own[name].shape)} in the recipe's model"
-                raise UserError(f"{name} is {shapes}: they do not fit together")
-            taken[name] = state[name]
-        missing += [name for name in wanted if name not in state]
-    networks.load_state_dict(taken, strict=False)
-    return missing
 
 
 def save(networks: Networks, path: Path, dtype: torch.dtype | None = None, parts: Iterable[str] = PREFIXES) -> None:

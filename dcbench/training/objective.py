@@ -24,12 +24,22 @@ class AutoencoderTask(Task):
     """Rebuild single frames: |x - y| + (x - y)^2 + kl_weight * KL per value of the frame.
 
     `detail_weight`: a pixel counts 1 + detail_weight * its distance to the frame's mean colour, so that small objects
-    on large flat grounds are learned too.
+    on large flat grounds are learned too. `decoder_only` leaves the latents as they are.
     """
 
-    def __init__(self, networks: Networks, pool: Pool, kl_weight: float, detail_weight: float = 0.0) -> None:
+    def __init__(
+        self,
+        networks: Networks,
+        pool: Pool,
+        kl_weight: float,
+        detail_weight: float = 0.0,
+        decoder_only: bool = False,
+    ) -> None:
         super().__init__()
         self.autoencoder = networks.autoencoder.requires_grad_(True)
+        if decoder_only:
+            self.autoencoder.encoder.requires_grad_(False)
+            self.autoencoder.quant_conv.requires_grad_(False)
         self.pool, self.kl_weight, self.detail_weight = pool, kl_weight, detail_weight
 
     def forward(self, batch_size: int, rng: torch.Generator) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from dcbench.errors import UserError, near_match
 from dcbench.models.dynamicrafter.config import Config, variant
 from dcbench.training.loop import LoopConfig
 from dcbench.training.objective import Conditions
+from dcbench.training.start import Layout
 
 FOLDER = Path(__file__).parent / "recipes"
 Role = Literal["context", "spatial", "temporal"]
@@ -26,12 +27,23 @@ class Data(Facts):
     cache: bool = False  # keep clips in memory and their latents on disk; for small worlds
 
 
+class Start(Facts):
+    """Weights to begin with: a checkpoint file and which parts of the model to take from it."""
+
+    file: str
+    parts: tuple[Literal["unet", "query_transformer", "autoencoder", "text", "image"], ...]
+    layout: Layout = "dynamicrafter"
+    keep: tuple[Role, ...] = ()  # roles of parameters that stay as the stages before have made them
+    how: str = ""  # where the file comes from
+
+
 class Stage(Facts):
     """One stage. The fields of LoopConfig and Conditions, under their names, and what is learned."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
     objective: Literal["autoencoder", "clip", "diffusion"] = "diffusion"
     source: str = ""  # what the paper prints about this stage
+    start: tuple[Start, ...] = ()  # files to begin this stage with
     # how long and how fast
     steps: int = Field(ge=1)
     batch_size: int = Field(ge=1)
@@ -61,20 +73,13 @@ class Stage(Facts):
     # autoencoder
     kl_weight: float = 1e-6
     detail_weight: float = 0.0
+    decoder_only: bool = False
 
     def loop(self) -> LoopConfig:
         return LoopConfig(**{name: getattr(self, name) for name in LoopConfig.__dataclass_fields__})
 
     def conditions(self) -> Conditions:
         return Conditions(**{name: getattr(self, name) for name in Conditions.__dataclass_fields__})
-
-
-class Start(Facts):
-    """Weights to begin with: a checkpoint file and which parts of the model to take from it."""
-
-    file: str
-    parts: tuple[Literal["unet", "query_transformer", "autoencoder", "text", "image"], ...]
-    note: str = ""
 
 
 class Recipe(Facts):

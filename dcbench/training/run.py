@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dcbench import clips
@@ -19,9 +20,10 @@ from dcbench.models.dynamicrafter.networks import Networks
 from dcbench.seeding import clip_seed
 from dcbench.training.data import CachedPool, ClipPool
 from dcbench.training.loop import Process, Task, fit, plot_log, process_group
-from dcbench.training.networks import build, freeze, load_parts, save, set_scale_factor
+from dcbench.training.networks import build, freeze, save, set_scale_factor
 from dcbench.training.objective import AutoencoderTask, ContrastiveTask, DiffusionTask, Pool
-from dcbench.training.recipe import Recipe, Stage
+from dcbench.training.recipe import Recipe, Stage, Start
+from dcbench.training.start import begin, copy_text_keys
 from dcbench.weights import atomic_write, load_tensors
 
 LEARNED = {"autoencoder": ("autoencoder",), "clip": ("text", "image"), "diffusion": ("unet", "query_transformer")}
@@ -37,7 +39,7 @@ def run(
     stop_after: float | None = None,
     progress: Progress | None = None,
 ) -> bool:
-    """Train the recipe's stages (or those named, in the recipe's order) into `out`; True when all are finished.
+    """Train the recipe's stages (or those named, in the recipe's order) into `out`; True when they are finished.
 
     A stage that is finished is not done again; one that was interrupted continues. Stops, resumable, after
     `stop_after` seconds.
@@ -46,12 +48,7 @@ def run(
         recipe.stage(name)
     with process_group(device) as process:
         networks = build(recipe.config(), clip_seed(recipe.seed, "networks"))
-        for start in recipe.start:
-            missing = load_parts(networks, load_tensors(Path(start.file).expanduser()), start.parts)
-            if missing and process.first:
-                print(
-                    f"{start.file}: {len(missing)} tensors are not in it and begin as new: {', '.join(missing[:8])} ..."
-                )
+        _begin(networks, recipe.start, process)
         networks.to(process.device)
         pools = _Pools(recipe, networks, out, data_root, process)
         for stage in recipe.stages:
@@ -62,6 +59,10 @@ def run(
                 continue
             if stages and stage.name not in stages:
                 continue
+            _check_earlier(recipe, stage, out)
+            if _first_to_see_images(recipe, stage):
+                copy_text_keys(networks)
+            _begin(networks, stage.start, process)
             task = make_task(stage, networks, pools.get(stage))
             identity = {"stage": stage.model_dump(), "seed": recipe.seed, "config": asdict(networks.cfg)}
 
@@ -81,17 +82,47 @@ def run(
                     s.name: out / s.name / "log.jsonl" for s in recipe.stages if (out / s.name / "log.jsonl").is_file()
                 }
                 plot_log(logs, out / "loss.png")
+            if process.world > 1:  # nobody asks for the stage's files before they are there
+                dist.barrier()
         if process.first and all((out / stage.name / "weights.safetensors").is_file() for stage in recipe.stages):
             export(networks, out)
-            return True
-        return not process.first
+        return True
+
+
+def _begin(networks: Networks, starts: tuple[Start, ...], process: Process) -> None:
+    for start in starts:
+        new = begin(networks, _read(start), start.parts, start.layout, start.keep)
+        if new and process.first:
+            print(f"{start.file}: {len(new)} tensors begin as new:", *new, sep="\n  ")
+
+
+def _read(start: Start) -> dict[str, Tensor]:
+    path = Path(start.file).expanduser()
+    if not path.is_file():
+        raise UserError(f"{path} is not here, and this recipe begins with it. {start.how}")
+    return load_tensors(path)
+
+
+def _check_earlier(recipe: Recipe, stage: Stage, out: Path) -> None:
+    """Diffusion stages need everything before them; the autoencoder's and CLIP's stages only their own kind."""
+    for earlier in recipe.stages[: recipe.stages.index(stage)]:
+        needed = stage.objective in ("diffusion", earlier.objective)
+        if needed and not (out / earlier.name / "weights.safetensors").is_file():
+            raise UserError(f"stage {stage.name} needs stage {earlier.name}, which is not finished in {out}")
+
+
+def _first_to_see_images(recipe: Recipe, stage: Stage) -> bool:
+    """True for the first stage with an image context after stages that saw text alone."""
+    earlier = [s for s in recipe.stages[: recipe.stages.index(stage)] if s.objective == "diffusion"]
+    seen = stage.objective == "diffusion" and stage.context != "none"
+    return seen and bool(earlier) and all(s.context == "none" for s in earlier)
 
 
 def make_task(stage: Stage, networks: Networks, pool: Pool) -> Task:
     """The stage's objective over `pool`, with exactly its parameters trainable."""
     freeze(networks)
     if stage.objective == "autoencoder":
-        return AutoencoderTask(networks, pool, stage.kl_weight, stage.detail_weight)
+        return AutoencoderTask(networks, pool, stage.kl_weight, stage.detail_weight, stage.decoder_only)
     if stage.objective == "clip":
         return ContrastiveTask(networks, pool)
     return DiffusionTask(
@@ -127,8 +158,12 @@ class _Pools:
 
     def _cached(self, latents: bool) -> CachedPool:
         if latents not in self.cached:
-            cache = self.out / f"latents-{self.process.rank}.safetensors"
-            self.cached[latents] = CachedPool(self.pool, cache, self._encode if latents else None)
+            encode = self._encode if latents else None
+            if not self.process.first:  # the first process writes the latents, the others read them
+                dist.barrier()
+            self.cached[latents] = CachedPool(self.pool, self.out / "latents.safetensors", encode)
+            if self.process.first and self.process.world > 1:
+                dist.barrier()
         return self.cached[latents]
 
     @torch.no_grad()
@@ -157,7 +192,7 @@ def _save_stage(networks: Networks, path: Path, stage: Stage) -> None:
 
 
 def _load_stage(networks: Networks, path: Path, stage: Stage) -> None:
-    load_parts(networks, load_tensors(path), LEARNED[stage.objective])
+    begin(networks, load_tensors(path), LEARNED[stage.objective], "dynamicrafter")
     if stage.objective == "autoencoder":
         config = json.loads(path.with_name("config.json").read_text())
         set_scale_factor(networks, config["autoencoder"]["scale_factor"])

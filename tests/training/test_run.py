@@ -1,0 +1,156 @@
+"""Stages, roles, resuming and the files of a training."""
+
+import json
+
+import pytest
+import torch
+
+from dcbench.errors import UserError
+from dcbench.models.dynamicrafter.unet import parameter_role
+from dcbench.training import loop
+from dcbench.training.recipe import FOLDER, find_recipe
+from dcbench.training.run import run
+from dcbench.weights import load_tensors
+
+ALL = ("context", "spatial", "temporal")
+BASE = {"name": "base", "train": ("spatial", "temporal"), "context": "none", "vdg": "none"}
+CONTEXT = {"name": "context", "train": ("context",), "vdg": "none", "single_frames": True, "fixed_image_scale": True}
+ADAPT = {"name": "adapt", "train": ("context", "spatial"), "vdg": "none"}
+JOINT = {"name": "joint", "train": ("context", "spatial")}
+
+
+def weights(folder, stage):
+    return load_tensors(folder / stage / "weights.safetensors")
+
+
+def changed(before, after):
+    """Names of the U-Net's and query transformer's tensors that differ, by role."""
+    found = {role: [] for role in ALL}
+    for name in before:
+        if not torch.equal(before[name], after[name]):
+            found[parameter_role(name)].append(name)
+    return found
+
+
+def test_the_stages_train_what_they_say_and_leave_the_rest_bit_unchanged(make_recipe, tmp_path):
+    entire = {"name": "entire", "train": ALL}
+    recipe = make_recipe(
+        {"name": "autoencoder", "objective": "autoencoder"},
+        {"name": "clip", "objective": "clip"},
+        *(BASE, CONTEXT, ADAPT, JOINT, entire),
+    )
+    assert run(recipe, tmp_path, device="cpu")
+    base, context, adapt, joint, all_of_it = (
+        weights(tmp_path, name) for name in ("base", "context", "adapt", "joint", "entire")
+    )
+    first = changed(base, context)
+    assert first["context"] and not first["spatial"] and not first["temporal"]
+    assert not any(name.endswith("alpha") for name in first["context"])
+    for before, after in ((context, adapt), (adapt, joint)):
+        found = changed(before, after)
+        assert found["context"] and found["spatial"] and not found["temporal"]
+        assert any(name.endswith("alpha") for name in found["context"])
+    assert all(changed(joint, all_of_it).values())
+
+    state = load_tensors(tmp_path / "weights.safetensors")
+    assert {value.dtype for value in state.values()} == {torch.float16}
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["autoencoder"]["scale_factor"] != 0.18215
+    assert (tmp_path / "loss.png").stat().st_size > 5000
+
+
+def test_a_run_that_was_killed_ends_with_the_same_bits(make_recipe, tmp_path):
+    recipe = make_recipe({**JOINT, "steps": 6, "ema": 0.9, "accumulate": 2, "warmup": 2, "final_lr": 1e-4})
+    assert run(recipe, tmp_path / "whole", device="cpu")
+
+    class Killed(Exception):
+        pass
+
+    def kill(stage, step, steps, line):
+        if step == 5:  # the last checkpoint is that of step 4
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(recipe, tmp_path / "parts", device="cpu", progress=kill)
+    assert not (tmp_path / "parts" / "joint" / "weights.safetensors").exists()
+    assert run(recipe, tmp_path / "parts", device="cpu")
+    whole, parts = weights(tmp_path / "whole", "joint"), weights(tmp_path / "parts", "joint")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    logs = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "joint" / "log.jsonl").read_text().splitlines()]
+        for name in ("whole", "parts")
+    ]
+    assert logs[0] == logs[1] and len(logs[0]) == 6
+
+
+def test_a_stopped_run_continues(make_recipe, tmp_path):
+    recipe = make_recipe({**JOINT, "steps": 3})
+    assert not run(recipe, tmp_path, device="cpu", stop_after=0)
+    assert torch.load(tmp_path / "joint" / "state.pt", weights_only=True)["step"] == 1
+    assert run(recipe, tmp_path, device="cpu")
+
+
+def test_other_settings_do_not_continue_a_run(make_recipe, tmp_path):
+    run(make_recipe({**JOINT, "steps": 3}), tmp_path, device="cpu", stop_after=0)
+    with pytest.raises(UserError, match="other settings"):
+        run(make_recipe({**JOINT, "steps": 3, "lr": 1e-4}), tmp_path, device="cpu")
+
+
+def test_independent_stages_may_lie_in_one_directory(make_recipe, tmp_path):
+    recipe = make_recipe(
+        {"name": "autoencoder", "objective": "autoencoder"}, {"name": "clip", "objective": "clip"}, JOINT
+    )
+    run(recipe, tmp_path / "a", device="cpu", stages=("clip",))
+    run(recipe, tmp_path / "a", device="cpu", stages=("autoencoder", "joint"))
+    run(recipe, tmp_path / "b", device="cpu")
+    a, b = (load_tensors(tmp_path / name / "weights.safetensors") for name in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_training_starts_from_a_checkpoint_and_says_what_was_new(make_recipe, tmp_path, capsys):
+    run(make_recipe(BASE), tmp_path / "base", device="cpu")
+    state = load_tensors(tmp_path / "base" / "weights.safetensors")
+    before = {name: value for name, value in state.items() if "_ip." not in name and not name.endswith("alpha")}
+    torch.save(before, tmp_path / "t2v.pt")
+    start = ({"file": str(tmp_path / "t2v.pt"), "parts": ("unet", "autoencoder", "text", "image")},)
+    run(make_recipe(CONTEXT, start=start), tmp_path / "next", device="cpu")
+    said = capsys.readouterr().out
+    assert "to_k_ip" in said and "begin as new" in said
+    after = load_tensors(tmp_path / "next" / "weights.safetensors")
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    assert torch.equal(after[name], state[name])
+    wrong = ({"file": str(tmp_path / "t2v.pt"), "parts": ("query_transformer",)},)
+    torch.save({name: state[name]}, tmp_path / "t2v.pt")
+    with pytest.raises(UserError, match="nothing of query_transformer"):
+        run(make_recipe(CONTEXT, start=wrong), tmp_path / "wrong", device="cpu")
+
+
+def test_the_learning_rate_warms_up_and_falls():
+    config = loop.LoopConfig(steps=100, batch_size=1, lr=1.0, final_lr=0.1, warmup=10)
+    rates = [config.lr_at(step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0)
+    assert rates[10:] == sorted(rates[10:], reverse=True) and rates[-1] == pytest.approx(0.1, abs=1e-3)
+
+
+def test_batches_that_do_not_divide_are_refused(make_recipe, tmp_path):
+    with pytest.raises(UserError, match="multiple of 3"):
+        run(make_recipe({**JOINT, "accumulate": 3}), tmp_path, device="cpu")
+
+
+def test_accumulation_is_the_mean_of_its_parts(make_recipe, tmp_path):
+    """One step of plain gradient descent on two parts of two clips equals the mean of the two gradients."""
+    recipe = make_recipe({**JOINT, "steps": 1, "accumulate": 2})
+    assert run(recipe, tmp_path, device="cpu")
+    line = json.loads((tmp_path / "joint" / "log.jsonl").read_text())
+    assert line["loss"] > 0 and line["grad_norm"] > 0
+
+
+def test_every_shipped_recipe_is_valid():
+    names = sorted(path.stem for path in FOLDER.glob("*.toml"))
+    assert "tiny" in names
+    for name in names:
+        recipe = find_recipe(name)
+        assert recipe.name == name
+        recipe.config()
+    with pytest.raises(UserError, match="tiny"):
+        find_recipe("tinny")
