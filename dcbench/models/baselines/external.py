@@ -1,9 +1,9 @@
 """Any program as a model: it reads a file of requests, and writes videos; dcbench runs it in its own environment.
 
 The program is started once for all clips that are missing. It finds in the requests file one JSON object a line
-(`clip_id image prompt num_frames fps frame_stride seed`, `image` being the path of a PNG) and leaves for each clip, in
-the output folder, `<clip_id>.mp4` (or another video), `<clip_id>.npy` (uint8 [t, h, w, 3]), or a folder `<clip_id>/`
-of images in the order of their names. What it has finished is kept, however it ends.
+(`clip_id image prompt num_frames fps frame_stride seed sampling`: `image` is the path of a PNG, `sampling` the card's
+table). For each clip it leaves in the output folder `<clip_id>.mp4` (or another video), `<clip_id>.npy` (uint8
+[t, h, w, 3]), or a folder `<clip_id>/` of images in the order of their names. What is finished is kept.
 """
 
 import contextlib
@@ -85,6 +85,7 @@ class External:
                     "fps": request.fps,
                     "frame_stride": request.frame_stride,
                     "seed": request.seed,
+                    "sampling": self.card.sampling,
                 }
             )
         seconds = self._seconds()
