@@ -1,5 +1,6 @@
 """Figures: frames beside their input, quality against cost, curves. matplotlib without a display or global state."""
 
+import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor
 
 from dcbench.clips import check_clip
@@ -54,8 +56,8 @@ def frame_grid(
                 spine.set_visible(False)
             if row == 0:
                 axis.set_title(name, fontsize=7, pad=3)
-        line[0].set_ylabel(_wrap(_plain(label), 16), fontsize=7, rotation=0, ha="right", va="center", labelpad=4)
-    figure.suptitle(_wrap(_plain(title), 110), fontsize=8)
+        line[0].set_ylabel(_text(label, 14), fontsize=7, rotation=0, ha="right", va="center", labelpad=4)
+    figure.suptitle(_text(title, 110), fontsize=8)
     figure.subplots_adjust(left=0.95 / figure.get_figwidth(), right=0.995, bottom=0.01, wspace=0.03, hspace=0.04)
     figure.subplots_adjust(top=1 - 0.5 / figure.get_figheight())
     _save(figure, path)
@@ -77,12 +79,16 @@ def cost_plot(path: Path, points: Sequence[tuple[str, float, float, tuple[float,
             capsize=2,
             lw=0.8,
             ms=5,
-            label=_plain(label),
+            label=_text(label, 28),
         )
     axis.set_xscale("log")
+    seconds = [point[1] for point in points]
+    axis.xaxis.set_major_locator(LogLocator(subs=(1,) if max(seconds) > 50 * min(seconds) else (1, 2, 5)))
+    axis.xaxis.set_major_formatter(lambda tick, _: f"{tick:g}")
+    axis.xaxis.set_minor_locator(NullLocator())
     axis.set_xlabel("seconds a clip")
-    axis.set_ylabel(_plain(quality))
-    axis.grid(True, which="both", lw=0.3, alpha=0.6)
+    axis.set_ylabel(_text(quality))
+    axis.grid(True, lw=0.3, alpha=0.6)
     axis.margins(x=0.15)
     figure.legend(loc="outside right upper", fontsize=7, frameon=False)
     _save(figure, path)
@@ -103,36 +109,24 @@ def curves(
     for n, (label, curve) in enumerate(lines.items()):
         colour = COLOURS[n % len(COLOURS)]
         marker = MARKERS[n % len(MARKERS)] if len(curve.x) <= 30 else ""
-        axis.plot(curve.x, curve.y, color=colour, marker=marker, ms=3.5, lw=1.2, label=_plain(label))
+        axis.plot(curve.x, curve.y, color=colour, marker=marker, ms=3.5, lw=1.2, label=_text(label, 28))
         if curve.low is not None and curve.high is not None:
             axis.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.18, lw=0)
     axis.set_xscale("log" if log_x else "linear")
     axis.set_yscale("log" if log_y else "linear")
-    axis.set_xlabel(_plain(x_label))
-    axis.set_ylabel(_plain(y_label))
-    axis.set_title(_plain(title), fontsize=9)
+    axis.set_xlabel(_text(x_label))
+    axis.set_ylabel(_text(y_label))
+    axis.set_title(_text(title), fontsize=9)
     axis.grid(True, lw=0.3, alpha=0.6)
     if len(lines) > 1:
         axis.legend(fontsize=7, frameon=False)
     _save(figure, path)
 
 
-def _plain(text: str) -> str:
-    """Names and captions are text, never formulas."""
-    return text.replace("\\", "\\\\" if "$" in text else "\\").replace("$", r"\$")
-
-
-def _wrap(text: str, width: int) -> str:
-    """At most three lines of about `width` letters."""
-    lines, line = [], ""
-    for word in text.split():
-        if line and len(line) + 1 + len(word) > width:
-            lines.append(line)
-            line = word
-        else:
-            line = f"{line} {word}".strip()
-    lines.append(line)
-    return "\n".join([*lines[:2], " ".join(lines[2:])[:width]] if len(lines) > 2 else lines)
+def _text(text: str, width: int = 200) -> str:
+    """Names and captions as text, never as formulas: at most three lines of `width` letters."""
+    lines = textwrap.wrap(text, width, break_long_words=True, max_lines=3, placeholder=" …")
+    return "\n".join(lines).replace("$", r"\$")
 
 
 def _save(figure: Figure, path: Path) -> None:
