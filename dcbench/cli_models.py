@@ -1,0 +1,83 @@
+"""Commands around one model: animate a picture, train a recipe. Registered by `cli.py`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dcbench.errors import UserError
+
+
+def animate(
+    image: Annotated[Path | None, typer.Argument(help="A picture; not needed with --story.")] = None,
+    prompt: Annotated[str, typer.Argument(help="What happens in the video.")] = "",
+    out: Annotated[Path, typer.Option("--out", help="The video: .mp4, .gif or .webm.")] = Path("animation.mp4"),
+    model: Annotated[str, typer.Option("--model", help="A name, alias or card.toml.")] = "dynamicrafter",
+    end_image: Annotated[Path | None, typer.Option("--end-image", help="The last frame: fill in between.")] = None,
+    loop: Annotated[bool, typer.Option("--loop", help="End where the video began.")] = False,
+    story: Annotated[Path | None, typer.Option("--story", help="A YAML file of scenes, joined into one video.")] = None,
+    num: Annotated[int, typer.Option("--num", help="So many videos, each from its own noise.")] = 1,
+    seed: Annotated[int, typer.Option("--seed")] = 123,
+    fps: Annotated[float | None, typer.Option("--fps", help="The speed of playing.")] = None,
+    motion: Annotated[
+        int | None, typer.Option("--motion", help="The model's own condition: frame stride (256) or fps (others).")
+    ] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="Change the card: sampling.steps=25.")] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    dtype: Annotated[str | None, typer.Option("--dtype", help="Autocast dtype: float16 or bfloat16.")] = None,
+    download: Annotated[bool, typer.Option("--download/--offline", help="Fetch missing weights first.")] = False,
+) -> None:
+    """Animate a picture by a prompt; fill in between two pictures; loop; tell a story."""
+    from dcbench.catalogue import find_model, with_overrides
+    from dcbench.models.dynamicrafter import apps
+    from dcbench.run import Options
+
+    runtime = Options(device, dtype, offline=not download).runtime()
+    card = with_overrides(find_model(model), settings or [])
+    if story is not None:
+        if image is not None or end_image is not None or loop or num != 1:
+            raise UserError("--story names its own pictures: leave out the image, --end-image, --loop and --num")
+        paths = [apps.tell(card, story, out, runtime=runtime, seed=seed, fps=fps, motion=motion)]
+    elif image is None:
+        raise UserError('give a picture and a prompt: dcbench animate photo.png "a boat sails" --out boat.mp4')
+    else:
+        paths = apps.animate(
+            card,
+            image,
+            prompt,
+            out,
+            runtime=runtime,
+            end_image=end_image,
+            loop=loop,
+            seed=seed,
+            num=num,
+            fps=apps.FPS if fps is None else fps,
+            motion=motion,
+        )
+    print("\n".join(str(path) for path in paths))
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name, or recipe.toml.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Default: runs/train-<recipe>.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Where the recipe's dataset lies.")] = None,
+    stage: Annotated[list[str] | None, typer.Option("--stage", help="Only this stage; repeatable.")] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda")] = "auto",
+    stop_after: Annotated[
+        float | None, typer.Option("--stop-after", help="Seconds; the same command continues.")
+    ] = None,
+) -> None:
+    """Train the stages of a recipe. The same command continues a stopped training; torchrun spreads it over GPUs."""
+    from dcbench.training.recipe import find_recipe
+    from dcbench.training.run import run
+
+    found = find_recipe(recipe)
+    folder = out or Path("runs") / f"train-{found.name}"
+
+    def show(name: str, step: int, steps: int, line: dict[str, float]) -> None:
+        values = "  ".join(f"{key} {value:.4g}" for key, value in line.items() if key != "step")
+        print(f"{name} {step}/{steps}  {values}", flush=True)
+
+    finished = run(found, folder, data, tuple(stage) if stage else None, device, stop_after, show)
+    state = "finished" if finished else "stopped; the same command continues it"
+    print(f"{state}: {folder} (weights, logs and loss.png)")
