@@ -105,17 +105,17 @@ def test_probe_counts_frames_and_reads_the_rate(files):
     assert probe(files["mp4"], "pyav").decoder == "pyav"
 
 
-def test_trap_stride_ignored(files):
+def test_trap_02_strided_indices_give_strided_frames(files):
     assert numbers(VideoFile(files["avi"]).read(range(1, 31, 3))) == list(range(1, 31, 3))
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "avi", "webm", "mkv"])
-def test_trap_decoders_mixed_both_give_the_same_pixels(files, suffix):
+def test_trap_06_both_decoders_give_the_same_pixels(files, suffix):
     both = [read_frames(files[suffix], range(40), name)[0].int() for name in ("decord", "pyav")]
     assert int((both[0] - both[1]).abs().max()) <= 2
 
 
-def test_trap_duplicate_last_frame(files, tmp_path):
+def test_trap_06_no_duplicate_last_frame(files, tmp_path):
     """A file whose index lists one packet more than decodes: decord invents a frame for it, dcbench does not."""
     import av
 
@@ -143,7 +143,7 @@ def test_trap_duplicate_last_frame(files, tmp_path):
 
 
 @real_clips
-def test_trap_duplicate_last_frame_real_divx():
+def test_trap_06_no_duplicate_last_frame_in_a_real_divx_file():
     (path,) = (CLIPS / "other").glob("hmdb51*.avi")
     facts = video.examine(path)
     assert (facts.frames, facts.decord_frames) == (83, 84)
@@ -371,7 +371,7 @@ def test_read_many_keeps_order_and_passes_over_bad_files(files, tmp_path, worker
             assert isinstance(result, VideoError) and "bad.mp4" in str(result)
 
 
-def test_trap_substitute_video_never_happens(files, tmp_path):
+def test_trap_11_no_other_video_takes_a_broken_ones_place(files, tmp_path):
     bad = tmp_path / "bad.mp4"
     bad.write_bytes(b"nothing")
     first, second = read_many([(VideoFile(bad), [0]), (VideoFile(files["mp4"]), [11])])
@@ -379,7 +379,7 @@ def test_trap_substitute_video_never_happens(files, tmp_path):
     assert not isinstance(second, VideoError) and numbers(second.frames) == [11]
 
 
-def test_trap_all_clips_in_memory_only_a_few_are_read_ahead(files):
+def test_trap_12_only_a_few_clips_are_read_ahead(files):
     asked = []
 
     def jobs():

@@ -20,15 +20,26 @@ CAPTION_FILES = ("captions.csv", "captions.jsonl")
 UNSAFE = re.compile(r'[\x00-\x1f\\:*?"<>|]')
 
 
-def find_videos(root: Path) -> list[str]:
-    """Relative paths of all video files, "/" as separator, sorted; hidden files and folders are left out."""
+def find_files(root: Path) -> list[str]:
+    """Relative paths of all files, "/" as separator, sorted; hidden ones are left out.
+
+    Linked folders are followed; a folder that is reached twice counts once.
+    """
     found = []
-    for folder, folders, files in os.walk(root, followlinks=False):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
-                found.append((Path(folder) / name).relative_to(root).as_posix())
+    seen: set[tuple[int, int]] = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [(Path(folder) / name).relative_to(root).as_posix() for name in files if not name.startswith(".")]
     return sorted(found)
+
+
+def find_videos(root: Path) -> list[str]:
+    return [path for path in find_files(root) if Path(path).suffix.lower() in SUFFIXES]
 
 
 def make_ids(paths: list[str]) -> dict[str, str]:

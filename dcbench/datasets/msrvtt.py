@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from dcbench.catalogue import DatasetCard
 from dcbench.datasets.base import Item
+from dcbench.datasets.folder import find_files, find_videos
 from dcbench.errors import UserError, near_match
 from dcbench.video import SUFFIXES, VideoFile
 
@@ -109,10 +109,8 @@ class MSRVTT:
                 raise UserError(f"msrvtt: annotations = {given!r} is no file, neither by itself nor in {self.root}")
             return ([], path) if path.suffix == ".csv" else ([path], None)
         by_name: dict[str, Path] = {}
-        for folder, folders, files in os.walk(self.root):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for file in files:
-                by_name.setdefault(file, Path(folder) / file)
+        for path in find_files(self.root):
+            by_name.setdefault(Path(path).name, self.root / path)
         found = next(
             ([by_name[n] for n in names if n in by_name] for names in JSON_NAMES if by_name.keys() & set(names)), []
         )
@@ -128,8 +126,8 @@ class MSRVTT:
     def _find_videos(self) -> dict[str, Path]:
         """Every video<number> file below the root; of several, .mp4 before others, then the first path."""
         found: dict[str, Path] = {}
-        paths = (Path(folder) / file for folder, _, files in os.walk(self.root) for file in files)
-        usable = [path for path in paths if path.suffix.lower() in SUFFIXES and VIDEO.fullmatch(path.stem)]
+        paths = [self.root / path for path in find_videos(self.root)]
+        usable = [path for path in paths if VIDEO.fullmatch(path.stem)]
         for path in sorted(usable, key=lambda path: (SUFFIXES.index(path.suffix.lower()), path.as_posix())):
             found.setdefault(path.stem, path)
         if not found:

@@ -24,6 +24,13 @@ def test_every_video_however_deep_sorted_by_id(tmp_path):
     assert [(item.id, item.path) for item in items] == [("a__b__y", "a/b/y.avi"), ("a__x", "a/x.webm"), ("b", "b.MP4")]
 
 
+def test_linked_folders_are_followed_and_loops_end(tmp_path):
+    touch(tmp_path, "elsewhere/b.mp4", "root/a.mp4")
+    (tmp_path / "root" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "root")
+    assert [item.path for item in Folder(tmp_path / "root").items("all")] == ["a.mp4", "more/b.mp4"]
+
+
 def test_ids_are_unique_safe_and_do_not_depend_on_the_order():
     paths = ["a/b.mp4", "a__b.mp4", "c.mp4", "c.webm", "D.mp4", "d.mp4", 'we"ird?.mp4', "x" * 200 + ".mp4", "..odd.mp4"]
     ids = make_ids(paths)

@@ -53,7 +53,7 @@ def test_official_files(official):
 
 
 @pytest.mark.parametrize("name", ["MSRVTT_data.json", "videodatainfo_2017.json", "annotation/MSRVTT_data.json"])
-def test_trap_merged_file_has_wrong_splits_the_range_decides(tmp_path, name):
+def test_merged_file_has_wrong_splits_the_range_decides(tmp_path, name):
     annotate(tmp_path / name, NUMBERS, split="train")
     touch(tmp_path, *(f"videos/all/video{n}.mp4" for n in NUMBERS))
     assert ids(tmp_path, "test") == ["video7010", "video7011", "video9999"]
@@ -91,6 +91,14 @@ def test_missing_videos_are_kept_and_fail_when_read(official):
 def test_of_two_files_for_one_video_the_choice_is_fixed(official):
     touch(official, "a/video7010.webm", "b/video7010.mp4")
     assert MSRVTT(official).items("test")[0].path == "TestVideo/video7010.mp4"
+
+
+def test_linked_folders_are_followed_and_loops_end(official, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("disk")
+    (official / "TestVideo").rename(elsewhere / "TestVideo")
+    (official / "videos").symlink_to(elsewhere)
+    (elsewhere / "loop").symlink_to(official)
+    assert MSRVTT(official).items("test")[0].path == "videos/TestVideo/video7010.mp4"
 
 
 def test_only_the_training_file_is_here(official):

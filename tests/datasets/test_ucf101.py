@@ -153,7 +153,7 @@ def test_missing_data_says_where_to_get_it(tmp_path, monkeypatch):
         find_root(card, tmp_path / "nowhere")
 
 
-def test_trap_first_videos_in_sorted_order(tmp_path):
+def test_trap_01_a_choice_is_not_the_first_in_sorted_order(tmp_path):
     """A limited choice covers the classes, not the first of them, and does not depend on what else lies there."""
     names = [f"C{c:02d}/v_C{c:02d}_g{g:02d}_c01.avi" for c in range(40) for g in range(1, 6)]
     touch(tmp_path / "UCF-101", *names)

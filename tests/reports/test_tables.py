@@ -104,7 +104,7 @@ def test_the_lowest_fvd_and_the_highest_pic_are_best():
         {"extractor": {**EXTRACTOR, "weights_sha256": "cd" * 32}},
     ],
 )
-def test_trap_two_protocols_in_one_table_are_never_compared(change):
+def test_trap_13_two_protocols_in_one_table_are_never_compared(change):
     runs = [run("A", {"fvd": score(300)}), run("B", {"fvd": score(200, **change)})]
     assert best(runs) == []
     assert "**" not in markdown(runs)
