@@ -62,6 +62,7 @@ class Clips:
     image: Tensor | None  # uint8 [3 h w]
     reference: Tensor | None  # uint8 [t 3 h w]
     generated: dict[Path, Tensor]  # run path -> uint8 [t 3 h w]
+    lost: dict[Path, str]  # run path -> why its clip cannot be shown
     missing: str = ""  # why there is no reference
 
 
@@ -79,11 +80,13 @@ class ClipSource:
             self.missing = str(error).split("\n")[0]
 
     def read(self, item: ManifestItem) -> Clips:
-        generated = {}
+        generated, lost = {}, {}
         for run in self.runs:
             path = run.path / "clips" / f"{item.id}.mkv"
-            if path.is_file():
+            try:
                 generated[run.path] = read_clip(path)[0]
+            except UserError as error:
+                lost[run.path] = "no clip was made" if not path.exists() else str(error).removeprefix(f"{path}: ")
         image = reference = None
         missing = self.missing
         if self.job is not None:
@@ -92,7 +95,7 @@ class ClipSource:
                 image = reference[item.condition_frame]
             except (UserError, KeyError) as error:
                 missing = str(error).split("\n")[0]
-        return Clips(item, image, reference, generated, missing)
+        return Clips(item, image, reference, generated, lost, missing)
 
 
 def group_runs(runs: Sequence[Run]) -> list[list[Run]]:
@@ -138,7 +141,7 @@ def _section(runs: list[Run], number: int, to: Path, clips: int, labels: dict[Pa
                 write_mp4(to / f"{stem}-{column}.mp4", clip, item.fps)
             file = f"{stem}-{column}.mp4" if clip is not None else None
             text = _value_text(values[run.path].get(item.id, {}))
-            videos.append(Shown(labels[run.path], file, "" if file else "no clip was made", text))
+            videos.append(Shown(labels[run.path], file, shown.lost.get(run.path, ""), text))
         image = None
         if shown.image is not None:
             image = f"{stem}-input.png"

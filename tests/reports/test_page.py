@@ -73,6 +73,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("runs")
     runs = [make_run(base / "a", "Model A", NASTY), make_run(base / "b", f"Model B {NASTY}", NASTY)]
     (runs[1] / "clips" / "v01.mkv").unlink()
+    (runs[1] / "clips" / "v02.mkv").write_bytes(b"damaged")
     to = base / "report"
     text = write_report(runs, to)
     assert "Model A" in text and "3 [" in text
@@ -106,8 +107,8 @@ def test_captions_and_names_cannot_become_code(report):
 
 def test_the_page_shows_each_clip_and_says_what_is_missing(report):
     page = Page((report / "index.html").read_text(encoding="utf-8"))
-    assert page.tags.count("video") == 5  # 3 of A, 2 of B; the dataset is gone, so there is no reference
-    assert "no clip was made" in page.text
+    assert page.tags.count("video") == 4  # 3 of A, 1 of B; the dataset is gone, so there is no reference
+    assert "no clip was made" in page.text and "Invalid data" in page.text
     assert "My <videos> is not here" in page.text
     assert "motion 1.5000" in page.text
     info = probe(report / "media" / "0-000-0.mp4")
