@@ -1,6 +1,6 @@
 """Bias and coverage of every number with an interval, on distributions whose true distance is known.
 
-    uv run python benchmarks/planted_truth.py [--trials 100] [--sizes 128 256 512 1024 2048]
+    uv run python benchmarks/planted_truth.py [--trials 100] [--sizes 128 256 ...] [--pairs 16 64 ...]
 
 Both sides are Gaussian in the 400 dimensions of I3D's logits, with the covariance of 120 recorded clips (plus 2 % of
 its mean variance in every direction), so that bias and spread are those of real FVD. The true FVD is 50.1. The table in
@@ -97,7 +97,8 @@ def paired_tests(count: int, trials: int, difference: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=100)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[128, 256, 512, 1024, 2048])
+    parser.add_argument("--sizes", type=int, nargs="*", default=[128, 256, 512, 1024, 2048])
+    parser.add_argument("--pairs", type=int, nargs="*", default=[8, 16, 64, 256], help="clips of the paired tests")
     given = parser.parse_args()
     planted = Planted()
     print(f"true FVD {planted.fvd}; {given.trials} trials a row\n")
@@ -109,7 +110,7 @@ def main() -> None:
     for count in given.sizes:
         print(set_metrics(planted, count, given.trials), flush=True)
     print("\n| clips | true difference | sign-flip test rejects at 5 % | BCa interval holds it |\n|--:|--:|--:|--:|")
-    for count in (16, 64, 256):
+    for count in given.pairs:
         for difference in (0.0, 0.1):
             print(paired_tests(count, 10 * given.trials, difference), flush=True)
 

@@ -65,7 +65,8 @@ class I3DExtractor(FeatureExtractor):
                 f'I3D preprocessing "{preprocessing}" is unknown.{near_match(preprocessing, allowed)} '
                 f"Known: {', '.join(allowed)}."
             )
-        self.preprocessing: Preprocessing = preprocessing
+        self.mode: Preprocessing = preprocessing
+        self.preprocessing = preprocessing
         network, self.weights_sha256 = load_i3d(weights)
         self.network = network.to(device).to(memory_format=torch.channels_last_3d)
         self.batch_size = 2 if torch.device(device).type == "cpu" else 16  # 2 is the fastest on a CPU
@@ -73,7 +74,7 @@ class I3DExtractor(FeatureExtractor):
     def prepare(self, clips: Tensor) -> Tensor:
         """uint8 [b t c h w] -> float32 [b c t 224 224] in [-1, 1]"""
         b, t = clips.shape[:2]
-        frames = to_square(clips.flatten(0, 1).float(), self.preprocessing)
+        frames = to_square(clips.flatten(0, 1).float(), self.mode)
         return (frames * (2 / 255) - 1).unflatten(0, (b, t)).transpose(1, 2)
 
     @torch.inference_mode()

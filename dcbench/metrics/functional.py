@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.special import stdtrit
+from scipy.special import ndtr, stdtrit
 from torch import Tensor
 
 from dcbench.errors import UserError
@@ -303,7 +303,8 @@ def mean_interval(
 ) -> tuple[float, float] | None:
     """Interval of the mean of per-clip values: bias-corrected and accelerated bootstrap (BCa) over source videos.
 
-    Clips of one group are drawn together. None with fewer than three groups; a single point when all values agree.
+    Clips of one group are drawn together. For few groups the percentiles are widened as Student's t is (Hesterberg,
+    arXiv 1411.5279, §3.2). None with fewer than three groups; a single point when all values agree.
     """
     from scipy.stats import bootstrap  # a second to import
 
@@ -313,6 +314,8 @@ def mean_interval(
     means = sums / sizes
     if float(means.max() - means.min()) == 0:
         return float(means[0]), float(means[0])
+    count = len(sums)
+    quantile = float(stdtrit(count - 1, 0.5 + level / 2)) * math.sqrt(count / (count - 1))
     result = bootstrap(
         (sums, sizes),
         lambda total, size, axis: total.sum(axis) / size.sum(axis),
@@ -320,7 +323,7 @@ def mean_interval(
         vectorized=True,
         n_resamples=4000,
         batch=500,
-        confidence_level=level,
+        confidence_level=1 - 2 * float(ndtr(-quantile)),
         method="BCa",
         rng=np.random.default_rng(seed),
     )

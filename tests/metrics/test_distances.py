@@ -145,12 +145,15 @@ def test_intervals_and_their_method() -> None:
     fvd, kvd = score_frechet(real, made), score_kernel(real, made)
     for score in (fvd, kvd):
         assert score.ci95 is not None and score.ci95[0] < score.value < score.ci95[1]
-    assert fvd.ci_method == "jackknife over 16 blocks" and "analytic" in kvd.ci_method
+    assert fvd.ci_method == kvd.ci_method == "jackknife over 16 blocks"
+    analytic = fn.kernel_distance_variance(real, made) ** 0.5
+    assert kvd.details["analytic_standard_error"] == analytic and 0.3 < kvd.details["standard_error"] / analytic < 3
     assert kvd.details["kernel"] == "(x·y/d + 1)^3"
     groups = [f"video{index // 4}" for index in range(60)]
     assert score_frechet(real, made, groups).ci_method == "jackknife over 15 blocks of source videos"
     assert score_kernel(real, made, groups).ci_method == "jackknife over 15 blocks of source videos"
-    assert score_kernel(real, made[:50]).ci_method == "jackknife over 16 blocks"
+    assert "analytic_standard_error" not in score_kernel(real, made, groups).details
+    assert "analytic_standard_error" not in score_kernel(real, made[:50]).details
     assert score_kernel(real, made).details["p_same_distribution"] < 0.01
 
 
@@ -196,6 +199,20 @@ def test_infinity_score_carries_its_curve() -> None:
     assert score.ci95 and len(score.details["sizes"]) == len(score.details["values"])
     assert score.value < score_frechet(planted(64, 0), planted(64, 1, 0.5)).value
     assert "rough" in score.warnings[0]
+
+
+def test_precision_and_its_kin() -> None:
+    real, narrow = planted(60, 0), 0.1 * planted(60, 1)
+    scores = {}
+    for name in ("precision", "recall", "density", "coverage"):
+        metric = load_entry_point(find_metric(name))(find_metric(name), Runtime())
+        scores[name] = metric.score(real, narrow)
+        expected = getattr(fn.manifold_metrics(real, narrow), name)
+        assert scores[name].value == expected and "steady from about a thousand" in scores[name].warnings[0]
+        assert scores[name].ci95 and scores[name].ci95[0] <= expected <= scores[name].ci95[1]
+    assert scores["precision"].value > 0.9 > 0.3 > scores["recall"].value
+    with pytest.raises(UserError, match="more than 5 clips"):
+        metric.score(real[:4], narrow[:4])
 
 
 def test_cards_build_metrics_that_share_one_extractor() -> None:
