@@ -1,5 +1,6 @@
 """What the stages learn: to rebuild frames, to match pictures and captions, to remove noise from clips."""
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Literal, Protocol
 
@@ -126,7 +127,7 @@ class DiffusionTask(Task):
                 gate = name.endswith("attn2.alpha")
                 parameter.requires_grad_(role in roles and used and not (gate and fixed_image_scale))
 
-    def context(self, batch: Batch, index: Tensor, rng: torch.Generator) -> Tensor:
+    def context(self, batch: Batch, index: Tensor, rng: torch.Generator, swap: Collection[str] = ()) -> Tensor:
         """Text tokens, and those of each clip's condition frame [b] behind them, with conditions dropped."""
         c, networks, size = self.conditions, self.networks, len(batch)
         r = torch.rand(size, generator=rng)  # one draw a clip: text only, both, image only, as the released trainer
@@ -135,6 +136,8 @@ class DiffusionTask(Task):
         captions = ["" if drop else caption for drop, caption in zip(no_text.tolist(), batch.captions, strict=True)]
         device = next(self.unet.parameters()).device
         text = text_tokens(networks, captions, device)
+        if "text" in swap:
+            text = text.roll(1, 0)
         if c.context == "none":
             return text
         frames = batch.frames[torch.arange(size), index].to(device)
@@ -142,6 +145,8 @@ class DiffusionTask(Task):
         if c.context == "class_token":
             tokens = tokens[:, :1]
         image = self.query_transformer(tokens)
+        if "context" in swap:
+            image = image.roll(1, 0)
         if self.single_frames:
             image = image[:, : networks.cfg.unet.image_tokens]
         return torch.cat([text, image], dim=1)
@@ -152,8 +157,12 @@ class DiffusionTask(Task):
         times = torch.randint(self.networks.cfg.diffusion.num_timesteps, (batch_size,), generator=rng)
         return self.loss(batch, times, rng)
 
-    def loss(self, batch: Batch, times: Tensor, rng: torch.Generator) -> dict[str, Tensor]:
-        """The loss of these clips at these time steps [b]; noise and conditions are drawn from `rng`."""
+    def loss(self, batch: Batch, times: Tensor, rng: torch.Generator, swap: Collection[str] = ()) -> dict[str, Tensor]:
+        """The loss of these clips at these time steps [b]; noise and conditions are drawn from `rng`.
+
+        A condition in `swap` ("text", "context", "vdg") comes from the batch's previous clip: what it adds to the loss
+        tells how much the network relies on it.
+        """
         networks, c, size = self.networks, self.conditions, len(batch)
         device = next(self.unet.parameters()).device
         z = scaled_latents(networks, batch, device)  # b c t h w
@@ -170,7 +179,9 @@ class DiffusionTask(Task):
             vdg[:, :, 0], vdg[:, :, -1] = z[:, :, 0], z[:, :, -1]
         if c.drop_vdg:
             vdg = vdg * (torch.rand(size, generator=rng) >= c.drop_vdg).to(z)[:, None, None, None, None]
-        context = self.context(batch, index, rng)
+        if "vdg" in swap:
+            vdg = vdg.roll(1, 0)
+        context = self.context(batch, index, rng, swap)
         noise = torch.randn(z.shape, generator=rng).to(device)
         times = times.to(device)
         noisy, target = training_pair(self.schedule, z, noise, times)

@@ -24,6 +24,7 @@ class Data(Facts):
     options: dict[str, Any] = {}
     clips: int = Field(ge=1)  # how many numbered clips there are to draw from
     strides: tuple[int, ...] = (1, 2, 3, 4, 5, 6)
+    seed: int = 0  # of the choice of clips; a recipe's own seed is of networks and noise
     cache: bool = False  # keep clips in memory and their latents on disk; for small worlds
 
 

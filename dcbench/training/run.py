@@ -144,7 +144,13 @@ class _Pools:
             raise UserError(f"{card.name}: the split {recipe.data.split!r} is empty")
         config = networks.cfg
         self.pool = ClipPool(
-            items, config.num_frames, recipe.data.strides, config.height, config.width, recipe.data.clips, recipe.seed
+            items,
+            config.num_frames,
+            recipe.data.strides,
+            config.height,
+            config.width,
+            recipe.data.clips,
+            recipe.data.seed,
         )
         self.cached: dict[bool, CachedPool] = {}
 

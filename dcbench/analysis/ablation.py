@@ -1,0 +1,244 @@
+"""`dcbench ablate` and the λ sweep: every arm of a suite through the ordinary run, then one table.
+
+<out>/<arm>/seed-<s>/     an ordinary run directory: plan, clips, record; resumable, shared by later calls
+<out>/<arm>/training-<s>/ training suites: the arm's own stages, from <out>/shared
+<out>/table.{md,csv}, curves-<group>.png, arms.json
+"""
+
+import csv
+import io
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dcbench import run
+from dcbench.analysis.judge import ASPECTS, judge
+from dcbench.analysis.suite import Arm, Suite, arm_card
+from dcbench.catalogue import DatasetCard, ModelCard, find_model
+from dcbench.clips import resize
+from dcbench.datasets.shapes import ShapesVideo
+from dcbench.models.dynamicrafter.load import read_config
+from dcbench.protocol import Protocol
+from dcbench.record import Score
+from dcbench.reports.figures import Curve, curves
+from dcbench.training.held_out import SWAPS, HeldOut, held_out
+from dcbench.training.networks import build
+from dcbench.training.recipe import Recipe, find_recipe
+from dcbench.training.run import run as train
+from dcbench.training.start import begin
+from dcbench.weights import atomic_write, load_tensors
+
+Interval = tuple[float, float] | None
+
+
+@dataclass
+class Row:
+    """An arm's numbers: by metric, a value and its interval for each seed."""
+
+    arm: Arm
+    scores: dict[str, list[tuple[float, Interval]]] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)  # metrics that could not be computed
+    clips: int = 0
+
+    def add(self, metric: str, value: float, interval: Interval) -> None:
+        self.scores.setdefault(metric, []).append((value, interval))
+
+    def summary(self, metric: str) -> tuple[float, Interval] | None:
+        """Mean over seeds; the interval of a single seed, or the span of all seeds' intervals."""
+        found = self.scores.get(metric)
+        if not found:
+            return None
+        ends = [end for value, interval in found for end in (interval or (value, value))]
+        interval = (min(ends), max(ends)) if len(found) > 1 or found[0][1] else None
+        return sum(value for value, _ in found) / len(found), interval
+
+
+def run_suite(
+    suite: Suite,
+    model: ModelCard,
+    dataset: DatasetCard,
+    protocol: Protocol,
+    out: Path,
+    options: run.Options,
+    seeds: Sequence[int] = (123,),
+    limit: int | None = None,
+    metrics: Sequence[str] | None = None,
+    data: Path | None = None,
+) -> list[Row]:
+    """Run what is missing, score it, and write the table into `out`."""
+    rows = []
+    for arm in suite.arms:
+        row = Row(arm)
+        for seed in seeds:
+            folder = out / _folder(arm.name)
+            card = arm_card(model, arm)
+            if arm.clips:
+                videos = find_model("videos")
+                card = videos.model_copy(update={"options": {**videos.options, "folder": arm.clips}})
+            if suite.kind == "training":
+                trained = train_arm(suite, arm, out, folder, seed, data)
+                card = card.model_copy(update={"options": {**arm.options, "folder": str(trained)}})
+                measured = held_out_of(suite, arm, trained, seed, data)
+                row.add("held_out_loss", measured.loss, _around(measured.loss, 1.96 * measured.error))
+                for swap in SWAPS:
+                    row.add(f"swap_{swap}", measured.reliance(swap), None)
+            chosen = protocol.model_copy(update={"frame_stride": arm.frame_stride}) if arm.frame_stride else protocol
+            job = run.plan(card, dataset, chosen, data, folder / f"seed-{seed}", seed, limit, quiet=options.quiet)
+            run.sample(job, options)
+            found = run.score(job, options, metrics or suite.metrics)
+            for name, score in found.scores.items():
+                _add(row, name, score)
+            for name, (value, interval) in judged(job).items():
+                row.add(name, value, interval)
+            row.clips = len(job.manifest)
+        rows.append(row)
+        write_table(suite, rows, out, seeds)
+    return rows
+
+
+def _add(row: Row, name: str, score: Score) -> None:
+    if score.value is None:
+        row.reasons[name] = score.reason or "no reason given"
+    else:
+        row.add(name, score.value, score.ci95)
+
+
+def _around(value: float, half: float) -> Interval:
+    return value - half, value + half
+
+
+def _folder(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")
+
+
+# ---- the shapes world: its own judge
+
+
+def judged(job: run.Job) -> dict[str, tuple[float, Interval]]:
+    """Shares of clips that show what their scene says, with Wilson intervals; nothing for other datasets."""
+    finished = job.directory.finished_samples()
+    rows = []
+    for entry in job.manifest:
+        video = job.items[entry.id].video if entry.id in job.items else None
+        if not isinstance(video, ShapesVideo) or entry.id not in finished:
+            continue
+        clip = run.generated_clip(job, entry, finished[entry.id])
+        rows.append(judge(resize(clip, 64, 64), entry.fps).agrees(video.scene))
+    return {f"judge_{aspect}": wilson(sum(row[aspect] for row in rows), len(rows)) for aspect in ASPECTS if rows}
+
+
+def wilson(hits: int, count: int) -> tuple[float, Interval]:
+    """A share and its 95 % interval (Wilson 1927)."""
+    z, p = 1.959964, hits / count
+    middle = (p + z * z / (2 * count)) / (1 + z * z / count)
+    half = z * (p * (1 - p) / count + z * z / (4 * count * count)) ** 0.5 / (1 + z * z / count)
+    return p, (middle - half, middle + half)
+
+
+# ---- arms that are trained
+
+
+def arm_recipe(suite: Suite, arm: Arm, seed: int) -> Recipe:
+    """The suite's recipe with the arm's changes and this seed; unknown stages and fields are errors."""
+    recipe = find_recipe(suite.recipe)
+    for name in (*arm.stages, *arm.without):
+        recipe.stage(name)
+    data = recipe.model_dump()
+    data["stages"] = [{**s, **arm.stages.get(s["name"], {})} for s in data["stages"] if s["name"] not in arm.without]
+    return Recipe.model_validate({**data, "seed": recipe.seed + seed})
+
+
+def train_arm(suite: Suite, arm: Arm, out: Path, folder: Path, seed: int, data: Path | None) -> Path:
+    """Train the stages that all arms share once, then this arm's own from there; returns the trained folder."""
+    whole = find_recipe(suite.recipe)
+    names = [stage.name for stage in whole.stages]
+    shared = tuple(names[: names.index(whole.stage(suite.shared).name) + 1])
+    common, target = out / "shared", folder / f"training-{seed}"
+    train(whole, common, data, shared, device="cpu")
+    for name in shared:
+        if not (target / name / "weights.safetensors").is_file():
+            shutil.copytree(common / name, target / name, dirs_exist_ok=True)
+    if (common / "latents.safetensors").is_file() and not (target / "latents.safetensors").is_file():
+        shutil.copy(common / "latents.safetensors", target / "latents.safetensors")
+    train(arm_recipe(suite, arm, seed), target, data, device="cpu")
+    return target
+
+
+def held_out_of(suite: Suite, arm: Arm, trained: Path, seed: int, data: Path | None) -> HeldOut:
+    """Loss on held-out clips under the arm's own last conditions; kept beside the training."""
+    path = trained / "held_out.json"
+    if not path.is_file():
+        recipe = arm_recipe(suite, arm, seed)
+        networks = build(read_config(trained), 0)
+        begin(networks, load_tensors(trained / "weights.safetensors"), ("unet", "query_transformer"), "dynamicrafter")
+        begin(
+            networks, load_tensors(trained / "weights.safetensors"), ("autoencoder", "text", "image"), "dynamicrafter"
+        )
+        measured = held_out(networks, recipe, recipe.stages[-1], data_root=data)
+        with atomic_write(path) as temporary:
+            temporary.write_text(json.dumps(vars(measured), indent=1))
+    return HeldOut(**json.loads(path.read_text()))
+
+
+# ---- one table
+
+
+def write_table(suite: Suite, rows: Sequence[Row], out: Path, seeds: Sequence[int]) -> str:
+    """table.md, table.csv, arms.json and curves; returns the Markdown."""
+    out.mkdir(parents=True, exist_ok=True)
+    metrics = list(dict.fromkeys(name for row in rows for name in (*row.scores, *row.reasons)))
+    paper = sorted({name for arm in suite.arms for name in arm.published})
+    head = ["arm", "meaning", *metrics, *(f"{name} ({suite.published})" for name in paper)]
+    body = []
+    for row in rows:
+        cells = [show(row.summary(name)) for name in metrics]
+        body.append([row.arm.name, row.arm.meaning, *cells, *(f"{row.arm.published.get(n, '')}" for n in paper)])
+    text = [f"# {suite.title}", "", suite.note, ""]
+    many = "intervals span the seeds' own 95 % intervals" if len(seeds) > 1 else "95 % intervals"
+    text += [f"{rows[0].clips if rows else 0} clips an arm, seeds {', '.join(map(str, seeds))}; {many}.", ""]
+    text += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    text += ["| " + " | ".join(cells) + " |" for cells in body]
+    reasons = {name: reason for row in rows for name, reason in row.reasons.items()}
+    text += [f"\nNot computed: {name}: {reason}" for name, reason in reasons.items()]
+    markdown = "\n".join(text) + "\n"
+    with atomic_write(out / "table.md") as temporary:
+        temporary.write_text(markdown)
+    sheet = io.StringIO()
+    writer = csv.writer(sheet)
+    writer.writerow(["arm", "group", "x", "metric", "seed", "value", "low", "high"])
+    for row in rows:
+        for name, found in row.scores.items():
+            for seed, (value, interval) in zip(seeds, found, strict=False):
+                writer.writerow([row.arm.name, row.arm.group, row.arm.x, name, seed, value, *(interval or ("", ""))])
+    with atomic_write(out / "table.csv") as temporary:
+        temporary.write_text(sheet.getvalue())
+    draw_curves(suite, rows, metrics, out)
+    return markdown
+
+
+def show(summary: tuple[float, Interval] | None) -> str:
+    if summary is None:
+        return ""
+    value, interval = summary
+    return f"{value:.4g}" + (f" [{interval[0]:.3g}, {interval[1]:.3g}]" if interval else "")
+
+
+def draw_curves(suite: Suite, rows: Sequence[Row], metrics: Sequence[str], out: Path) -> None:
+    """For arms with a place on an axis: one picture a metric, a line a group."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.arm.x is not None:
+            groups.setdefault(row.arm.group, []).append(row)
+    for metric in metrics:
+        lines: dict[str, Curve] = {}
+        for group, members in groups.items():
+            points = [(row.arm.x, *s) for row in members if row.arm.x is not None and (s := row.summary(metric))]
+            if len(points) < 2:
+                continue
+            band = [interval or (value, value) for _, value, interval in points]
+            x, y = [point[0] for point in points], [point[1] for point in points]
+            lines[group] = Curve(x, y, [low for low, _ in band], [high for _, high in band])
+        if lines:
+            curves(out / f"curves-{metric}.png", lines, suite.x_label, metric, title=suite.title)

@@ -1,0 +1,118 @@
+"""`dcbench probe lambda`: the learned λ of every layer, as table and bars beside the paper's Fig. 2 (left).
+
+The sweep (Fig. 2, right) is the suite `lambda`: `dcbench ablate lambda`, or one of your own layers and factors.
+"""
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from matplotlib.figure import Figure
+
+from dcbench.analysis.suite import Arm, Suite, layer_group
+from dcbench.errors import UserError
+from dcbench.weights import atomic_write
+
+PUBLISHED = Path(__file__).with_name("published_lambda.csv")
+
+
+class Gated(Protocol):
+    """What has gates: λ by layer number, 1, 2, ..."""
+
+    def values(self) -> list[float]: ...
+
+
+@dataclass(frozen=True)
+class Profile:
+    """λ by layer; the stage of the U-Net that each layer belongs to."""
+
+    name: str
+    stages: tuple[str, ...]
+    values: tuple[float, ...]
+
+
+def published_profile() -> Profile:
+    """The 16 bars of the paper's Fig. 2, read from the picture to ±0.005."""
+    with PUBLISHED.open() as file:
+        rows = list(csv.DictReader(file))
+    return Profile(
+        "paper, Fig. 2 (read from the picture, ±0.005)",
+        tuple(row["stage"] for row in rows),
+        tuple(float(row["lambda"]) for row in rows),
+    )
+
+
+def profile(model: Any) -> Profile:
+    """The λ of a model's layers as they are set now; UserError for a model without gates."""
+    scale: Gated | None = getattr(model, "image_scale", None)
+    if scale is None:
+        raise UserError(f"{model.card.name} has no λ: only DynamiCrafter models have gates")
+    cfg = model.cfg.unet
+    if not cfg.learnable_image_scale:
+        raise UserError(f"{model.card.name} has no learned gates (λ = 1 everywhere); dynamicrafter (256) has")
+    inputs = cfg.num_res_blocks * sum(2**n in cfg.attention_resolutions for n in range(len(cfg.channel_mult)))
+    values = tuple(scale.values())
+    stages = ("input",) * inputs + ("middle",) + ("output",) * (len(values) - inputs - 1)
+    return Profile(model.card.name, stages, values)
+
+
+def table(profiles: list[Profile]) -> str:
+    """Markdown: a row a layer. Networks of another depth stand in columns of their own, layer by layer."""
+    lines = ["| layer | " + " | ".join(f"stage | λ, {profile.name}" for profile in profiles) + " |"]
+    lines.append("|" + "---|" * (1 + 2 * len(profiles)))
+    for layer in range(max(len(profile.values) for profile in profiles)):
+        cells = []
+        for profile in profiles:
+            there = layer < len(profile.values)
+            cells += [profile.stages[layer], f"{profile.values[layer]:.3f}"] if there else ["", ""]
+        lines.append(f"| {layer + 1} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(profiles: list[Profile], path: Path) -> None:
+    """Bars, one plot a profile, under each other; the dashed line is λ = 1, where the gates begin."""
+    figure = Figure(figsize=(6, 2.1 * len(profiles)), dpi=150, layout="constrained")
+    axes = figure.subplots(len(profiles), squeeze=False)[:, 0]
+    colours = {"input": "#4c78a8", "middle": "#e45756", "output": "#54a24b"}
+    for axis, shown in zip(axes, profiles, strict=True):
+        layers = range(1, len(shown.values) + 1)
+        axis.bar(layers, shown.values, color=[colours[stage] for stage in shown.stages])
+        axis.axhline(1, lw=0.8, ls="--", color="0.4")
+        axis.set_xticks(list(layers))
+        axis.set_ylabel("λ")
+        axis.set_title(shown.name, fontsize=8, loc="left")
+    axes[-1].set_xlabel("layer (blue: input, red: middle, green: output)")
+    figure.savefig(path)
+
+
+def write_profile(model: Any, out: Path) -> str:
+    """profile.md, profile.csv and profile.png in `out`; returns the table."""
+    profiles = [profile(model), published_profile()]
+    out.mkdir(parents=True, exist_ok=True)
+    text = table(profiles)
+    with atomic_write(out / "profile.md") as temporary:
+        temporary.write_text(text)
+    rows = zip(profiles[0].stages, profiles[0].values, strict=True)
+    with atomic_write(out / "profile.csv") as temporary:
+        lines = [f"{layer},{stage},{value:.6f}" for layer, (stage, value) in enumerate(rows, 1)]
+        temporary.write_text("\n".join(["layer,stage,lambda", *lines]) + "\n")
+    draw(profiles, out / "profile.png")
+    return text
+
+
+def sweep(layers: list[str], factors: list[float], metrics: tuple[str, ...], model: Any) -> Suite:
+    """A suite of own groups ("ends", "intermediate", "all" or "3,4,5") and factors on λ."""
+    count = len(profile(model).values)
+    for group in layers:
+        layer_group(group, count)
+    if not factors or min(factors) < 0:
+        raise UserError(f"factors {factors}: give numbers from 0 on, for example 0 0.5 1 2")
+    arms = tuple(
+        Arm(name=f"{group} x {factor:g}", group=group, x=factor, image_scale={group: factor})
+        for group in layers
+        for factor in factors
+    )
+    return Suite(
+        name="lambda", title=f"λ sweep of {model.card.name}", x_label="factor on λ", metrics=metrics, arms=arms
+    )

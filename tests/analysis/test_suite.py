@@ -1,0 +1,113 @@
+"""Suites: arms become cards, layers have groups, errors name what is allowed."""
+
+import pytest
+
+from dcbench.analysis.ablation import Row, arm_recipe, show, wilson, write_table
+from dcbench.analysis.lambda_probe import profile, published_profile, sweep, table, write_profile
+from dcbench.analysis.suite import Arm, arm_card, find_suite, layer_group, load_scaled, suites
+from dcbench.catalogue import ModelCard
+from dcbench.errors import UserError
+from dcbench.models.base import Runtime
+from dcbench.models.dynamicrafter.load import load
+
+CARD = ModelCard(
+    name="gates",
+    title="",
+    summary="",
+    entry_point="dcbench.models.dynamicrafter.load:load",
+    options={"variant": "tiny", "random_seed": 0},
+    sampling={"steps": 2},
+)
+
+
+def test_every_shipped_suite_is_valid_and_has_the_papers_arms():
+    for name in suites():
+        assert find_suite(name).name == name
+    published = {arm.name: arm.published["fvd"] for arm in find_suite("table3-training").arms if arm.published}
+    assert len(published) == 7 and published["ours"] == 234.66 and published["fine-tune entire"] == 364.11
+    assert {arm.name for arm in find_suite("table3-knockout").arms} < set(published)
+    with pytest.raises(UserError, match="sampling"):
+        find_suite("sampeling")
+
+
+def test_the_papers_layers():
+    assert layer_group("intermediate", 16) == (3, 4, 5, 6, 10, 11)
+    assert layer_group("ends", 16) == (1, 2, 7, 8, 9, 12, 13, 14, 15, 16)
+    for layers in (4, 7, 16):
+        both = layer_group("ends", layers) + layer_group("intermediate", layers)
+        assert sorted(both) == list(layer_group("all", layers))
+        assert layer_group("intermediate", layers)
+    assert layer_group("2,3", 7) == (2, 3)
+    for wrong, message in (("8", "layers 1 to 7"), ("middel", "intermediate"), ("0", "1 to 7")):
+        with pytest.raises(UserError, match=message):
+            layer_group(wrong, 7)
+
+
+def test_an_arm_scales_the_learned_gates_and_nothing_else():
+    learned = load(CARD, Runtime()).image_scale.values()
+    card = arm_card(CARD, Arm(name="x", image_scale={"intermediate": 0.5}))
+    assert CARD.options == {"variant": "tiny", "random_seed": 0}
+    found = load_scaled(card, Runtime()).image_scale.values()  # type: ignore[attr-defined]
+    middle = layer_group("intermediate", len(learned))
+    for layer, (before, after) in enumerate(zip(learned, found, strict=True), 1):
+        assert after == pytest.approx(before * (0.5 if layer in middle else 1))
+
+
+def test_knock_outs_change_the_card(tmp_path):
+    for arm in find_suite("table3-knockout").arms:
+        card = arm_card(CARD, arm)
+        assert {**CARD.options, **arm.options} == card.options
+        load(card, Runtime())
+
+
+def test_the_profile_stands_beside_the_papers(tmp_path):
+    model = load(CARD, Runtime())
+    model.image_scale[2] = 0.25
+    found = profile(model)
+    assert found.values[1] == 0.25 and found.stages.count("middle") == 1
+    paper = published_profile()
+    assert len(paper.values) == 16 and paper.values[5] == 0.655 and paper.stages.count("input") == 6
+    assert table([found, paper]).count("\n") == 18
+    text = write_profile(model, tmp_path)
+    assert "0.250" in text and (tmp_path / "profile.png").stat().st_size > 5000
+    assert (tmp_path / "profile.csv").read_text().splitlines()[2].endswith(",0.250000")
+
+
+def test_a_sweep_of_own_layers():
+    model = load(CARD, Runtime())
+    made = sweep(["ends", "1,2"], [0, 2], ("motion",), model)
+    assert [arm.name for arm in made.arms] == ["ends x 0", "ends x 2", "1,2 x 0", "1,2 x 2"]
+    with pytest.raises(UserError, match="layers 1 to"):
+        sweep(["99"], [1], ("motion",), model)
+    with pytest.raises(UserError, match="factors"):
+        sweep(["all"], [-1], ("motion",), model)
+
+
+def test_intervals_of_shares():
+    share, interval = wilson(8, 10)
+    assert share == 0.8 and interval == pytest.approx((0.490, 0.943), abs=2e-3)
+    assert wilson(0, 20)[1] == pytest.approx((0, 0.161), abs=2e-3)
+
+
+def test_the_table_shows_seeds_intervals_and_the_papers_column(tmp_path):
+    suite = find_suite("table3-knockout")
+    row = Row(suite.arms[0], clips=24)
+    row.add("fvd", 10.0, (8.0, 12.0))
+    row.add("fvd", 14.0, (11.0, 17.0))
+    row.reasons["pic"] = "its weights are missing"
+    assert show(row.summary("fvd")) == "12 [8, 17]"
+    text = write_table(suite, [row], tmp_path, (1, 2))
+    assert "234.66" in text and "12 [8, 17]" in text and "its weights are missing" in text
+    assert (tmp_path / "table.csv").read_text().count("fvd") == 2
+
+
+def test_training_arms_change_their_stages_only():
+    suite = find_suite("table3-training")
+    for arm in suite.arms:
+        recipe = arm_recipe(suite, arm, 3)
+        names = [stage.name for stage in recipe.stages]
+        assert suite.shared in names and not set(names) & set(arm.without)
+        for name, changes in arm.stages.items():
+            for field, value in changes.items():
+                found = getattr(recipe.stage(name), field)
+                assert (list(found) if isinstance(found, tuple) else found) == value
