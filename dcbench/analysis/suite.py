@@ -26,7 +26,7 @@ class Arm(Facts):
     options: dict[str, Any] = {}  # of the model's card
     sampling: dict[str, Any] = {}
     image_scale: dict[str, float] = {}  # layer group or number -> factor on its λ
-    frame_stride: int | None = Field(None, ge=1)
+    frame_stride: int | None = Field(default=None, ge=1)
     clips: str = ""  # a folder of clips that some other program made
     stages: dict[str, dict[str, Any]] = {}  # training: fields of the recipe's stages that differ
     without: tuple[str, ...] = ()  # training: stages left out
