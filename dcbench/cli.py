@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dcbench import cli_tools
+from dcbench import cli_models, cli_tools, cli_weights
 from dcbench.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,9 +27,18 @@ app = typer.Typer(
 app.add_typer(cli_tools.data, name="data")
 app.add_typer(cli_tools.cache, name="cache")
 app.add_typer(cli_tools.doctor, name="doctor")
+app.add_typer(cli_weights.weights, name="weights")
+app.command()(cli_models.animate)
+app.command()(cli_models.train)
 
-Model = Annotated[str, typer.Option("--model", help="A name, alias, card.toml, file.py:Class or folder of clips.")]
+MODEL_HELP = "A name, alias, card.toml, file.py:Class or folder of clips."
+Model = Annotated[str, typer.Option("--model", help=MODEL_HELP)]
 DatasetName = Annotated[str, typer.Option("--dataset", help="A name, alias or card.toml.")]
+Models = Annotated[list[str], typer.Option("--model", help=f"{MODEL_HELP} Several: a grid.")]
+Datasets = Annotated[list[str], typer.Option("--dataset", help="A name, alias or card.toml. Several: a grid.")]
+Roots = Annotated[
+    list[str] | None, typer.Option("--data", help="Where the dataset's files lie; in a grid NAME=DIR for each dataset.")
+]
 ProtocolName = Annotated[
     str | None, typer.Option("--protocol", help="A name or protocol.toml; default: the dataset's own.")
 ]
@@ -118,10 +127,10 @@ def _names(text: str | None) -> list[str] | None:
 
 @app.command()
 def run(
-    model: Model,
-    dataset: DatasetName,
+    model: Models,
+    dataset: Datasets,
     protocol: ProtocolName = None,
-    data: Data = None,
+    data: Roots = None,
     out: Out = None,
     limit: Limit = None,
     metrics: MetricNames = None,
@@ -134,19 +143,34 @@ def run(
     download: Download = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Generate clips with a model, score them, and end in a table. The same command continues a stopped run."""
-    options = _options(device, dtype, batch_size, download)
-    job = _prepare(model, dataset, protocol, data, out, seed, limit, manifest, settings, options, write=not dry_run)
-    if dry_run:
-        _print_plan(job)
-        return
-    from dcbench import run as runner
+    """Generate clips with a model, score them, and end in a table. The same command continues a stopped run.
 
-    runner.check_metrics(_names(metrics))
-    runner.sample(job, options)
-    runner.score(job, options, _names(metrics))
-    if runner.rank() == 0:
-        _report([job.directory.path], job.directory.report)
+    Several models or datasets make a grid: each model on each dataset, one table at the end.
+    """
+    from dcbench import grid
+
+    options = _options(device, dtype, batch_size, download)
+    write = not dry_run
+    cells = grid.cells(model, dataset, data or [], settings or [], out, manifest)
+    jobs = [
+        _prepare(c.model, c.dataset, protocol, c.data, c.out, seed, limit, manifest, list(c.settings), options, write)
+        for c in cells
+    ]
+    if dry_run:
+        for job in jobs:
+            _print_plan(job)
+        return
+    finished, failed = grid.run(jobs, options, _names(metrics))
+    if finished and _first_rank():
+        _report(finished, grid.report_folder(finished, out))
+    if failed:
+        raise UserError("\n".join(failed))
+
+
+def _first_rank() -> bool:
+    from dcbench.run import rank
+
+    return rank() == 0
 
 
 @app.command()

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 import dcbench
-from dcbench import record, run, scoring, video
+from dcbench import machine, record, run, scoring, video
 from dcbench.catalogue import find_dataset, slug
 from dcbench.datasets.base import Item
 from dcbench.errors import UserError
@@ -63,7 +63,7 @@ def score_folders(
         limit=None,
         fingerprint=print_id,
         excluded=excluded,
-        versions=run.versions(),
+        versions=machine.versions(),
     )
     failures = extracted.failures + [record.Failure(id=e.id, reason=e.reason) for e in excluded]
     hashes = record.digest([[name, extracted.pixels.get(name)] for name in names], 64)

@@ -2,12 +2,8 @@
 
 import contextlib
 import datetime
-import importlib.metadata
 import os
-import platform
-import resource
 import shutil
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -21,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import dcbench
-from dcbench import record, scoring, video
+from dcbench import machine, record, scoring, video
 from dcbench.catalogue import DatasetCard, ModelCard, load_entry_point, validate
 from dcbench.clips import resize
 from dcbench.datasets.base import Dataset, Item, find_root
@@ -32,8 +28,6 @@ from dcbench.progress import track
 from dcbench.protocol import Protocol, fingerprint, plan_clips
 from dcbench.record import Cost, Excluded, Failure, ManifestItem, Plan, Record
 from dcbench.rundir import RunDirectory
-
-RECORDED_VERSIONS = ("torch", "torchvision", "torchmetrics", "numpy", "av", "decord", "open_clip_torch", "dreamsim")
 
 
 @dataclass(frozen=True)
@@ -173,7 +167,7 @@ def plan(
             limit=limit,
             fingerprint=fingerprint(resolved, dataset.name, chosen),
             excluded=excluded,
-            versions=versions(),
+            versions=machine.versions(),
         )
         if write:
             with directory.locked():
@@ -264,14 +258,6 @@ def _begun(directory: RunDirectory, request: dict[str, Any]) -> tuple[Plan, list
     return record.read_plan(directory.path), record.read_manifest(directory.manifest)
 
 
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in RECORDED_VERSIONS:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
-
-
 # --------------------------------------------------------------------------------------------------------------- sample
 
 
@@ -317,6 +303,7 @@ def sample(job: Job, options: Options) -> None:
         if missing:
             _check_room(job, missing)
             runtime = options.runtime()
+            machine.forget_peak_memory()
             model: ImageToVideo = load_entry_point(job.model)(job.model, runtime)
             _check_model(model, missing)
             mine = missing[rank() :: world_size()]
@@ -324,7 +311,11 @@ def sample(job: Job, options: Options) -> None:
             done = len(job.manifest) - len(missing)
             quiet = options.quiet or rank() > 0
             spent = _prepare(job, model, mine)
-            facts = {"device": runtime.device, "dtype": runtime.dtype or "float32", "hardware": hardware(runtime)}
+            facts = {
+                "device": runtime.device,
+                "dtype": runtime.dtype or "float32",
+                "hardware": machine.hardware(runtime.device),
+            }
             facts |= getattr(model, "facts", {})  # what a model alone knows: its precision, its weights
             for _ in track(
                 _sample_batches(job, model, batches, facts, spent), len(mine) + done, "generating", done, quiet
@@ -401,18 +392,11 @@ def _sample_batches(
                     "sha256": scoring.pixels_sha256(clip),
                     "shape": list(clip.shape),
                     "seconds": round(seconds / len(requests) + spent.get(request.clip_id, 0), 4),
-                    "peak_memory_mb": round(peak_memory_mb(), 1),
+                    "peak_memory_mb": round(machine.peak_memory_mb(), 1),
                     **facts,
                 }
             )
         yield from (entry.id for entry in batch)
-
-
-def peak_memory_mb() -> float:
-    """Of the GPU where one is used, else of this process."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated() / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 
 # ---------------------------------------------------------------------------------------------------------------- score
@@ -546,8 +530,8 @@ def _cost(job: Job, options: Options, finished: dict[str, dict[str, Any]], secon
         score_seconds=seconds,
         device=", ".join(_seen(rows, "device")) or runtime.device,
         dtype=", ".join(_seen(rows, "dtype")),
-        hardware=", ".join(_seen(rows, "hardware")) or hardware(runtime),
-        git_commit=_git_commit(),
+        hardware=", ".join(_seen(rows, "hardware")) or machine.hardware(runtime.device),
+        git_commit=machine.git_commit(),
         finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         details={"steps": job.model.sampling.get("steps"), "weights": _seen(rows, "weights")},
     )
@@ -556,21 +540,3 @@ def _cost(job: Job, options: Options, finished: dict[str, dict[str, Any]], secon
 def _seen(rows: Sequence[dict[str, Any]], key: str) -> list[str]:
     """The values that the samples name: clips may have been made on another machine than they are scored on."""
     return sorted({row[key] for row in rows if row.get(key)})
-
-
-def hardware(runtime: Runtime) -> str:
-    if runtime.device.startswith("cuda"):
-        return torch.cuda.get_device_name(runtime.device)
-    return platform.processor() or platform.machine()
-
-
-def _git_commit() -> str:
-    """The commit of a checkout that dcbench runs from; '' when it is installed."""
-    here = Path(dcbench.__file__).parent
-    if not (here.parent / ".git").exists():
-        return ""
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout.strip()

@@ -79,7 +79,7 @@ def find(source: WeightSource) -> Path | None:
 
 def describe(source: WeightSource) -> str:
     """What a user must know before a download."""
-    where = f"{source.repository}/{source.file}" if source.repository else source.url or "no public address"
+    where = f"{source.repository}/{source.file}".rstrip("/") if source.repository else source.url or "no public address"
     lines = [f"{source.name}: {human_size(source.size)}, licence: {source.licence or 'not stated'}, from {where}"]
     if source.gated:
         lines.append(f"  gated: accept its terms on {source.repository}, then `hf auth login`")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +238,21 @@ def test_missing_weights_say_size_licence_gate_and_what_to_do(tmp_path, monkeypa
         family.load(find_model("svd-xt"), Runtime(offline=True))
     for part in ("offline", "4.50 GB", "Stability AI Community", "gated", "options.path", "weights fetch svd-xt"):
         assert part in str(error.value), part
+
+
+def test_a_repository_is_read_from_the_hub_s_cache_and_its_commit_recorded(saved, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    home = tmp_path / "models--Lightricks--LTX-Video"
+    shutil.copytree(saved("LTXImageToVideoPipeline"), home / "snapshots" / commit)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text(commit)
+    card = with_overrides(find_model("ltx-video"), [*SMALL, "clip.frames=17"])
+    model = family.load(card, Runtime(offline=True))
+    assert model.facts["weights"] == f"Lightricks/LTX-Video@{commit}"
+    assert tuple(model.generate([request(card)])[0].shape) == (16, 3, 24, 40)
 
 
 def test_faults_of_cards_and_machines_are_named(saved, tmp_path, monkeypatch):

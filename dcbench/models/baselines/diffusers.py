@@ -274,15 +274,15 @@ def fetch_repository(source: WeightSource, card: ModelCard, offline: bool, to: P
 
     def get(local_files_only: bool) -> Path:
         where = {"revision": source.revision or None, "cache_dir": cache, "local_files_only": local_files_only}
-        if not whole:
-            patterns = ["*.json", "*.safetensors"]
-            return Path(snapshot_download(source.repository, allow_patterns=patterns, **where))
-        return Path(_library().DiffusionPipeline.download(source.repository, variant=options.variant or None, **where))
+        if whole and not local_files_only:  # diffusers knows which of a repository's files its pipeline reads
+            pipeline = _library().DiffusionPipeline
+            return Path(pipeline.download(source.repository, variant=options.variant or None, **where))
+        return Path(snapshot_download(source.repository, allow_patterns=["*.json", "*.safetensors"], **where))
 
     cached = None
     with _quiet(), contextlib.suppress(Exception):  # the hub raises dozens of types for "not in the cache"
         cached = get(local_files_only=True)
-    place = f"Or give a local copy: --set options.path=FOLDER, or on another machine: dcbench weights fetch {card.name}"
+    place = f"Fetch them: dcbench weights fetch {card.name}. Or give a local copy: --set options.path=FOLDER"
     if offline or constants.HF_HUB_OFFLINE:
         if cached is None:
             raise MissingWeights(f"weights are missing and this run is offline.\n  {describe(source)}\n  {place}")
