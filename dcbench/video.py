@@ -265,7 +265,8 @@ _facts = _FactsStore()
 
 @lru_cache(1)
 def _versions() -> str:
-    return " ".join(importlib.metadata.version(name) for name in ("av", *(["decord"] if has_decord() else [])))
+    names = ["av", "decord"] if has_decord() else ["av"]
+    return " ".join(["1", *map(importlib.metadata.version, names)])  # 1: what this module calls a fact
 
 
 def examine(path: Path, with_hash: bool = False) -> Facts:

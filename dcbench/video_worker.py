@@ -168,6 +168,8 @@ READERS = {"decord": read_decord, "pyav": read_pyav}
 
 def first_line(error: BaseException) -> str:
     """The message without its stack; decord puts a C++ traceback below and a file position before it."""
+    if getattr(error, "strerror", None):  # PyAV's and the system's errors, without number and path
+        return error.strerror  # type: ignore[attr-defined]
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "") or type(error).__name__
     return text.split("Check failed: ", 1)[-1] if "Check failed: " in text else text
 

@@ -243,7 +243,7 @@ def test_unreadable_files_are_named_with_the_reason(files, tmp_path, name, conte
         path.write_bytes(content)
     with pytest.raises(VideoError, match=reason) as caught:
         VideoFile(path).read([0])
-    assert str(path) in str(caught.value)
+    assert str(caught.value).startswith(f"{path}: ") and "Errno" not in str(caught.value)
 
 
 def test_sound_only_file_is_no_video(tmp_path):

@@ -101,7 +101,7 @@ def test_captions_and_names_cannot_become_code(report):
     source = (report / "index.html").read_text(encoding="utf-8")
     page = Page(source)
     assert page.tags.count("script") == 1 and "report.js" in page.files
-    assert "<script>alert" not in source and "{{ 7*7 }}" in page.text and "49" not in page.text
+    assert "<script>alert" not in source and "{{ 7*7 }}" in page.text and not re.search(r"\b49\b", page.text)
     assert NASTY in page.text
 
 
