@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dcbench import cli_models, cli_tools, cli_weights
+from dcbench import cli_analysis, cli_models, cli_tools, cli_weights
 from dcbench.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ app.add_typer(cli_tools.data, name="data")
 app.add_typer(cli_tools.cache, name="cache")
 app.add_typer(cli_tools.doctor, name="doctor")
 app.add_typer(cli_weights.weights, name="weights")
+app.add_typer(cli_analysis.probe, name="probe")
+app.command()(cli_analysis.ablate)
 app.command()(cli_models.animate)
 app.command()(cli_models.train)
 

@@ -91,6 +91,22 @@ def cache_prune(
     print(f"{count} entries removed, {size / 1e6:.1f} MB freed")
 
 
+@doctor.command("protocol")
+def doctor_protocol(
+    run: Annotated[Path, typer.Argument(help="A finished run.")],
+    only: Annotated[list[str] | None, typer.Option("--only", help="This choice alone; repeatable.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=4, help="At most so many clips.")] = None,
+) -> None:
+    """Why two numbers differ: score the same clips under the other common choices, one at a time."""
+    from dcbench.analysis.sensitivity import measure
+    from dcbench.record import write_text
+    from dcbench.run import Options
+
+    text = measure(run, Options(), only, limit).markdown()
+    write_text(run / "report" / "sensitivity.md", text)
+    print(f"{text}\nreport: {run / 'report' / 'sensitivity.md'}")
+
+
 @doctor.callback()
 def doctor_overview(context: typer.Context) -> None:
     """What is here, what is missing, and how to get it."""

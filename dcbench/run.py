@@ -7,13 +7,12 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 import dcbench
@@ -26,6 +25,7 @@ from dcbench.metrics.cache import FeatureCache
 from dcbench.models.base import ChecksFirst, ImageToVideo, PreparesFirst, Request, Runtime, check_generated
 from dcbench.progress import track
 from dcbench.protocol import Protocol, fingerprint, plan_clips
+from dcbench.ranks import barrier, gather, join_ranks, on_first_rank, rank, world_size
 from dcbench.record import Cost, Excluded, Failure, ManifestItem, Plan, Record
 from dcbench.rundir import RunDirectory
 
@@ -67,52 +67,6 @@ class Job:
     model: ModelCard
     protocol: Protocol
     items: dict[str, Item]
-
-
-# ---------------------------------------------------------------------------------------------------------------- ranks
-
-
-def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
-def join_ranks() -> None:
-    """Under torchrun, connect the processes (gloo: only small objects travel)."""
-    if world_size() > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
-
-
-def barrier() -> None:
-    if world_size() > 1:
-        dist.barrier()
-
-
-def gather(value: Any) -> list[Any]:
-    """Every rank's value, on every rank."""
-    if world_size() == 1:
-        return [value]
-    values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def on_first_rank(action: Callable[[], Any]) -> Any:
-    """Do it on rank 0; a UserError there stops every rank."""
-    outcome: list[Any] = [None, None]
-    if rank() == 0:
-        try:
-            outcome[0] = action()
-        except UserError as error:
-            outcome[1] = str(error)
-    if world_size() > 1:
-        dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise UserError(outcome[1])
-    return outcome[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------- plan
@@ -436,13 +390,16 @@ def _remembered_root(path: Path) -> Path | None:
     return Path(root) if root and Path(root).is_dir() else None
 
 
-def score(job: Job, options: Options, metrics: Sequence[str] | None = None) -> Record:
-    """Score every clip that is there and write per_clip.jsonl, record.json and cost.json."""
+def score(job: Job, options: Options, metrics: Sequence[str] | None = None, strict: bool = True) -> Record:
+    """Score every clip that is there and write per_clip.jsonl, record.json and cost.json.
+
+    A metric that is named but cannot be built is an error; with `strict` off, its score says why it is missing.
+    """
     join_ranks()
     start = time.perf_counter()
     held = job.directory.locked() if rank() == 0 else contextlib.nullcontext()
     with held:
-        built = scoring.build_metrics(scoring.choose_metrics(metrics), options.runtime(), explicit=bool(metrics))
+        built = scoring.build_metrics(scoring.choose_metrics(metrics), options.runtime(), bool(metrics) and strict)
         extracted = extract(job, options, built, FeatureCache())
         seconds = time.perf_counter() - start
         return on_first_rank(lambda: _finish(job, options, built, extracted, seconds))

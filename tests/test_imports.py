@@ -13,8 +13,8 @@ LEVELS = {
     "catalogue": 1, "record": 2, "rundir": 3, "progress": 1, "seeding": 1,
     "clips": 3, "weights": 3, "machine": 3, "protocol": 3, "video_worker": 3, "video": 4,
     "models": 5, "datasets": 5, "metrics": 5,
-    "scoring": 6, "run": 7, "grid": 8, "folders": 8, "training": 7, "reports": 9, "analysis": 10,
-    "cli_models": 11, "cli_tools": 11, "cli_weights": 11, "cli": 12,
+    "scoring": 6, "ranks": 6, "run": 7, "grid": 8, "folders": 8, "training": 7, "reports": 9, "analysis": 10,
+    "cli_analysis": 11, "cli_models": 11, "cli_tools": 11, "cli_weights": 11, "cli": 12,
 }  # fmt: skip
 SIDE_BY_SIDE = {"models", "datasets", "metrics"}
 NO_TORCH = ("errors", "catalogue", "record", "rundir", "progress", "protocol", "cli")

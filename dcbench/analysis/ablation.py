@@ -87,7 +87,7 @@ def run_suite(
             chosen = protocol.model_copy(update={"frame_stride": arm.frame_stride}) if arm.frame_stride else protocol
             job = run.plan(card, dataset, chosen, data, folder / f"seed-{seed}", seed, limit, quiet=options.quiet)
             run.sample(job, options)
-            found = run.score(job, options, metrics or suite.metrics)
+            found = run.score(job, options, metrics or suite.metrics, strict=bool(metrics))
             for name, score in found.scores.items():
                 _add(row, name, score)
             for name, (value, interval) in judged(job).items():

@@ -1,0 +1,101 @@
+"""Commands that look into a model: λ of each layer, sweeps, ablation suites. Registered by `cli.py`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from dcbench.analysis.suite import Suite
+
+probe = typer.Typer(no_args_is_help=True, help="Read and sweep what a DynamiCrafter has learned.")
+
+Model = Annotated[str, typer.Option("--model", help="A name, alias or card.toml.")]
+Dataset = Annotated[str, typer.Option("--dataset", help="A name, alias or card.toml.")]
+ProtocolName = Annotated[str | None, typer.Option("--protocol", help="Default: the dataset's own.")]
+Data = Annotated[Path | None, typer.Option("--data", help="Where the dataset's files lie.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Default: runs/<suite>-<model>-<dataset>.")]
+Seeds = Annotated[list[int] | None, typer.Option("--seed", help="Repeatable: each arm once a seed. Default: 123.")]
+Limit = Annotated[int | None, typer.Option("--limit", help="At most so many clips.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="Change the model's card: sampling.steps=25.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 ...")]
+
+
+def _run(
+    suite: "Suite",
+    model: str,
+    dataset: str,
+    protocol: str | None,
+    data: Path | None,
+    out: Path | None,
+    seeds: list[int] | None,
+    limit: int | None,
+    settings: list[str] | None,
+    device: str,
+) -> None:
+    from dcbench.analysis.ablation import run_suite
+    from dcbench.catalogue import find_dataset, find_model, with_overrides
+    from dcbench.protocol import find_protocol
+    from dcbench.run import Options
+
+    card, data_card = with_overrides(find_model(model), settings or []), find_dataset(dataset)
+    folder = out or Path("runs") / f"{suite.name}-{card.name}-{data_card.name}"
+    chosen = find_protocol(protocol or data_card.protocol)
+    run_suite(suite, card, data_card, chosen, folder, Options(device), seeds or [123], limit, None, data)
+    print((folder / "table.md").read_text(encoding="utf-8"))
+    print(f"report: {folder}")
+
+
+def ablate(
+    suite: Annotated[str, typer.Argument(help="table3-training, table3-knockout, sampling, lambda, or suite.toml.")],
+    model: Model = "dynamicrafter",
+    dataset: Dataset = "msrvtt",
+    protocol: ProtocolName = None,
+    data: Data = None,
+    out: Out = None,
+    seed: Seeds = None,
+    limit: Limit = None,
+    settings: Settings = None,
+    device: Device = "auto",
+) -> None:
+    """Run a suite of arms on the same clips and end in one table beside the paper's column. Resumes."""
+    from dcbench.analysis.suite import find_suite
+
+    _run(find_suite(suite), model, dataset, protocol, data, out, seed, limit, settings, device)
+
+
+@probe.command("lambda")
+def probe_lambda(
+    model: Model = "dynamicrafter",
+    layers: Annotated[
+        list[str] | None, typer.Option("--layers", help="Sweep: ends, intermediate, all, or 3,4,5; repeatable.")
+    ] = None,
+    factors: Annotated[str, typer.Option("--factors", help="Sweep: factors on λ, comma-separated.")] = "0,0.5,1,1.5,2",
+    metrics: Annotated[str, typer.Option("--metrics", help="Sweep: comma-separated.")] = "fvd,pic,motion,clip_text",
+    dataset: Dataset = "msrvtt",
+    protocol: ProtocolName = None,
+    data: Data = None,
+    out: Out = None,
+    seed: Seeds = None,
+    limit: Limit = None,
+    settings: Settings = None,
+    device: Device = "auto",
+) -> None:
+    """The learned λ of each layer beside the paper's Fig. 2; with --layers, the sweep as well."""
+    from dcbench.analysis import lambda_probe
+    from dcbench.catalogue import find_model, load_entry_point, with_overrides
+    from dcbench.errors import UserError
+    from dcbench.run import Options
+
+    card = with_overrides(find_model(model), settings or [])
+    built = load_entry_point(card)(card, Options(device).runtime())
+    folder = out or Path("runs") / f"lambda-{card.name}"
+    print(lambda_probe.write_profile(built, folder))
+    print(f"report: {folder}")
+    if layers:
+        try:
+            numbers = [float(factor) for factor in factors.split(",")]
+        except ValueError as error:
+            raise UserError(f'--factors "{factors}": expected numbers such as 0,0.5,1,2') from error
+        suite = lambda_probe.sweep(layers, numbers, tuple(metrics.split(",")), built)
+        _run(suite, model, dataset, protocol, data, folder, seed, limit, settings, device)
