@@ -282,3 +282,13 @@ def test_a_size_that_the_pipeline_refuses_is_a_user_s_error(saved):
     model = family.load(with_overrides(card, ["clip.height=40"]), Runtime())
     with pytest.raises(UserError, match=r"clip a: .*divisible by 16"):
         model.generate([request(card)])
+
+
+def test_the_page_names_every_pipeline_of_a_card():
+    page = (Path(__file__).parents[2] / "docs" / "baselines.md").read_text()
+    for name in CARDS:
+        card = find_model(name)
+        row = next(line for line in page.splitlines() if line.startswith(f"| {name} |"))
+        for fact in (card.options["pipeline"], f"{card.clip.height} x {card.clip.width}", card.options["resize"]):
+            assert fact in row, (name, fact)
+        assert f"| {card.options['temporal']} |" in row
