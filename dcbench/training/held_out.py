@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from dcbench.catalogue import find_dataset, load_entry_point
+from dcbench.datasets.base import find_root
 from dcbench.models.dynamicrafter.networks import Networks
 from dcbench.training.data import ClipPool
 from dcbench.training.objective import Conditions, DiffusionTask
@@ -44,7 +45,9 @@ def held_out(
 ) -> HeldOut:
     """Measure the U-Net of `networks` under the conditions of `stage`, none dropped."""
     card = find_dataset(recipe.data.dataset)
-    items = load_entry_point(card)(card, data_root, {**card.options, **recipe.data.options}).items(split)
+    items = load_entry_point(card)(card, find_root(card, data_root), {**card.options, **recipe.data.options}).items(
+        split
+    )
     cfg = networks.cfg
     pool = ClipPool(items, cfg.num_frames, recipe.data.strides, cfg.height, cfg.width, clips, seed=0)
     conditions = Conditions(stage.context, stage.vdg, stage.condition_frame, 0.0, 0.0, 0.0, 0.0)
@@ -60,7 +63,7 @@ def held_out(
                 values.append(float(task.loss(part, times, noise, (swap,) if swap else ())["loss"]))
     per_time = torch.tensor(losses[""]).view(-1, len(TIMES)).mean(1)
     return HeldOut(
-        float(per_time.mean()),
+        sum(losses[""]) / len(losses[""]),
         float(per_time.std() / len(per_time) ** 0.5) if len(per_time) > 1 else float("nan"),
         {name: sum(losses[name]) / len(losses[name]) for name in SWAPS},
     )

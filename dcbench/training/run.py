@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dcbench import clips
 from dcbench.catalogue import find_dataset, load_entry_point
+from dcbench.datasets.base import find_root
 from dcbench.errors import UserError
 from dcbench.models.dynamicrafter.networks import Networks
 from dcbench.seeding import clip_seed
@@ -136,9 +137,7 @@ class _Pools:
     def __init__(self, recipe: Recipe, networks: Networks, out: Path, root: Path | None, process: Process) -> None:
         self.recipe, self.networks, self.out, self.process = recipe, networks, out, process
         card = find_dataset(recipe.data.dataset)
-        if card.needs_files and root is None:
-            raise UserError(f"{card.name} needs its files: give --data DIR ({card.layout or 'see its card'})")
-        dataset = load_entry_point(card)(card, root, recipe.data.options)
+        dataset = load_entry_point(card)(card, find_root(card, root), {**card.options, **recipe.data.options})
         items = dataset.items(recipe.data.split)
         if not items:
             raise UserError(f"{card.name}: the split {recipe.data.split!r} is empty")

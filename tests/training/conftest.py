@@ -48,7 +48,13 @@ STAGE = {"steps": 4, "batch_size": 4, "lr": 1e-3, "log_every": 1, "save_every": 
 @pytest.fixture
 def make_recipe():
     def make(*stages: dict, **fields) -> Recipe:
-        data = {"dataset": "shapes", "options": {"size": 16}, "clips": 12, "strides": (2, 3), "cache": True}
+        data = {
+            "dataset": "shapes",
+            "options": {"size": 16, "train_videos": 40},
+            "clips": 12,
+            "strides": (2, 3),
+            "cache": True,
+        }
         values = {"name": "micro", "summary": "for tests", "variant": "tiny", "model": MODEL, "data": data}
         return Recipe.model_validate({**values, "stages": [{**STAGE, **stage} for stage in stages], **fields})
 
