@@ -292,13 +292,20 @@ def with_overrides(card: CardT, settings: list[str]) -> CardT:
                 f"--set {key}: {card.name} has no such key.{near_match(key, allowed)} "
                 f"Its keys: {', '.join(allowed) or 'none'}."
             )
-        table[last] = _parse_value(text.strip())
+        table[last] = _like(table[last], text.strip(), key)
     return validate(data, type(card), f"{card.name} with --set")
 
 
-def _parse_value(text: str) -> Any:
-    """A TOML value, or the text itself when it is none: `--set options.name=abc` needs no quotes."""
+def _like(old: Any, text: str, key: str) -> Any:
+    """The text as a TOML value of the same type as the card's own; a string needs no quotes."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        return text
+        value = text
+    if isinstance(old, str):
+        return value if isinstance(value, str) else text
+    if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if old is not None and type(value) is not type(old):
+        raise UserError(f"--set {key}={text}: expected {type(old).__name__}, such as {old!r}")
+    return value

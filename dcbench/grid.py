@@ -78,14 +78,14 @@ def _settings_of(model: str, models: Sequence[str], settings: Sequence[str]) -> 
     """The settings that concern one model of the grid."""
     mine = []
     for setting in settings:
-        key, _, value = setting.partition("=")
+        key, equals, value = setting.partition("=")
         name, colon, rest = key.rpartition(":")
         if colon and name not in models:
             raise UserError(
                 f"--set {setting}: {name!r} is no model of this grid ({', '.join(models)}).{near_match(name, models)}"
             )
         if not colon or name == model:
-            mine.append(f"{rest}={value}")
+            mine.append(f"{rest}{equals}{value}")
     return tuple(mine)
 
 

@@ -48,6 +48,7 @@ CASES = {
     "limit of nothing": ([*RUN, "--limit", "0"], "--limit 0: it must be at least 1"),
     "setting without a value": ([*RUN, "--set", "options.factor"], "takes key=value"),
     "setting that the card lacks": ([*RUN, "--set", "options.facter=2"], r'Did you mean "options\.factor"'),
+    "setting of another type": ([*RUN, "--set", "options.factor=big"], "expected float, such as 1.25"),
     "setting out of range": ([*RUN, "--limit", "1", "--set", "options.factor=0.5"], "between 1 and 16"),
     "no GPU": ([*RUN, "--limit", "1", "--device", "cuda"], "sees no GPU. Use --device cpu"),
     "no such device": ([*RUN, "--limit", "1", "--device", "tpux"], "--device tpux.*For example: auto, cpu, cuda"),

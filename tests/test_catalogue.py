@@ -56,6 +56,10 @@ def test_overrides_change_only_keys_that_the_card_has():
     assert (changed.sampling["steps"], card.sampling["steps"]) == (25, 50)
     with pytest.raises(UserError, match=r'Did you mean "sampling\.steps"'):
         with_overrides(card, ["sampling.step=25"])
+    assert with_overrides(card, ["options.variant=512"]).options["variant"] == "512"
+    assert with_overrides(card, ["sampling.eta=0"]).sampling["eta"] == 0.0
+    with pytest.raises(UserError, match="expected int, such as 50"):
+        with_overrides(card, ["sampling.steps=2.5"])
     with pytest.raises(UserError, match="key=value"):
         with_overrides(card, ["sampling.steps"])
 
