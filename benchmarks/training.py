@@ -1,0 +1,57 @@
+"""Speed of training: clips a second and CPU seconds a step of each stage of a recipe, on this machine.
+
+    OMP_NUM_THREADS=1 python benchmarks/training.py --recipe tiny --steps 5
+
+CPU seconds are the reliable unit on a shared machine. Weights are new; nothing is written.
+"""
+
+import argparse
+import time
+
+import torch
+
+from dcbench.catalogue import find_dataset, load_entry_point
+from dcbench.datasets.base import find_root
+from dcbench.seeding import clip_seed
+from dcbench.training.data import ClipPool
+from dcbench.training.networks import build
+from dcbench.training.recipe import find_recipe
+from dcbench.training.run import make_task
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="tiny")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--data", default=None)
+    given = parser.parse_args()
+    recipe = find_recipe(given.recipe)
+    networks = build(recipe.config(), clip_seed(recipe.seed, "networks"))
+    card = find_dataset(recipe.data.dataset)
+    items = load_entry_point(card)(card, find_root(card, given.data), {**card.options, **recipe.data.options}).items(
+        "train"
+    )
+    config, data = networks.cfg, recipe.data
+    pool = ClipPool(items, config.num_frames, data.strides, config.height, config.width, data.clips, data.seed)
+    print(f"{recipe.name}, {torch.get_num_threads()} thread(s)")
+    print(f"{'stage':20} {'clips a step':>12} {'CPU s a step':>12} {'clips / CPU s':>13} {'parameters':>11}")
+    for stage in recipe.stages:
+        task = make_task(stage, networks, pool).train()
+        trained = [p for p in task.parameters() if p.requires_grad]
+        optimiser = torch.optim.AdamW(trained, lr=0.0, foreach=True)
+        spent = []
+        for step in range(given.steps + 1):
+            rng = torch.Generator().manual_seed(step)
+            started = time.process_time()
+            task(stage.batch_size, rng)["loss"].backward()
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            spent.append(time.process_time() - started)
+        seconds = min(spent[1:])
+        size = sum(p.numel() for p in trained) / 1e6
+        row = f"{stage.name:20} {stage.batch_size:12} {seconds:12.3f} {stage.batch_size / seconds:13.1f} {size:10.2f}M"
+        print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
