@@ -1,0 +1,127 @@
+"""`doctor protocol`: the same clips under other choices. A small I3D of random weights stands in for the real one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dcbench import run
+from dcbench.analysis import sensitivity
+from dcbench.catalogue import find_dataset, find_model
+from dcbench.errors import UserError
+from dcbench.metrics.extractors import I3DExtractor
+from dcbench.protocol import find_protocol
+
+QUIET = run.Options(device="cpu", quiet=True)
+
+
+class SmallNetwork(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(3, 12, (3, 16, 16), (2, 16, 16))
+        self.bn = nn.BatchNorm3d(12, eps=1e-3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.bn(self.conv(x))).mean((2, 3, 4))
+
+
+class SmallI3D(I3DExtractor):
+    """The real preprocessing, a network of one layer."""
+
+    def __init__(self, mode: str = "squash", device: str = "cpu") -> None:
+        nn.Module.__init__(self)
+        torch.manual_seed(0)
+        self.name, self.mode, self.preprocessing, self.batch_size = "small", mode, mode, 2  # type: ignore[assignment]
+        self.network, self.weights_sha256 = SmallNetwork().eval(), "0"
+
+
+@pytest.fixture(scope="module")
+def zoomed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six clips of 48x64 pixels at stride 2."""
+    out = tmp_path_factory.mktemp("runs") / "zoom"
+    update = {"height": 48, "width": 64, "frame_stride": 2, "start": "first", "datasets": {}}
+    protocol = find_protocol("smoke").model_copy(update=update)
+    job = run.plan(find_model("zoom"), find_dataset("shapes"), protocol, out=out, limit=6, quiet=True)
+    run.sample(job, QUIET)
+    return out
+
+
+@pytest.fixture(autouse=True)
+def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sensitivity, "i3d_extractor", SmallI3D)
+
+
+def test_every_choice_is_measured_and_most_move_the_value(zoomed: Path) -> None:
+    result = sensitivity.measure(zoomed, QUIET)
+    rows = {row.name: row for row in result.rows}
+    assert {"i3d-aa", "i3d-tf1", "i3d-crop", "range-0-1", "range-0-255", "mp4", "bn-eps", "reference-squash"} <= set(
+        rows
+    )
+    assert {"antialias", "stride-1", "stride-3", "fps-8", "half-random", "half-first", "covariance-n"} <= set(rows)
+    assert "stride-2" not in rows  # it is the run's own
+    moved = [name for name, row in rows.items() if abs(row.fvd - row.base_fvd) > 1e-9]
+    assert len(moved) >= len(rows) - 3
+    assert rows["range-0-255"].fvd > 1000 * rows["bn-eps"].fvd
+    assert rows["half-first"].n == 3 and rows["mp4"].n == 6 == result.n
+    table = result.markdown()
+    assert table.count("\n| ") == len(rows) + 1 and "own protocol**" in table and "(a mistake)" in table
+
+
+def test_the_base_is_the_runs_own_score(zoomed: Path, tmp_path: Path) -> None:
+    from dcbench.metrics import functional as fn
+
+    job = run.reopen(zoomed)
+    extractor = SmallI3D()
+    real, made = (
+        extractor.extract([source(job, entry) for entry in job.manifest])
+        for source in (sensitivity.own_reference, sensitivity.own_generated)
+    )
+    result = sensitivity.measure(zoomed, QUIET, only=["mp4"])
+    assert result.base_fvd == pytest.approx(fn.frechet_distance(real, made), rel=1e-6)
+    assert [row.name for row in result.rows] == ["mp4"]
+
+
+def test_covariance_over_n_is_the_other_formula(zoomed: Path) -> None:
+    """Against the definition with numpy's biased covariances."""
+    import numpy as np
+    from scipy.linalg import sqrtm
+
+    generator = torch.Generator().manual_seed(0)
+    table = {str(i): (torch.randn(3, generator=generator), torch.randn(3, generator=generator) + 1) for i in range(20)}
+    ids = list(table)
+
+    def distances(features: dict, kept: list[str]) -> tuple[float, float]:
+        from dcbench.metrics import functional as fn
+
+        real, made = (torch.stack([features[i][side] for i in kept]) for side in (0, 1))
+        return fn.frechet_distance(real, made), 0.0
+
+    row = sensitivity._other_covariance(table, ids, distances)
+    real, made = (np.stack([table[i][side].double().numpy() for i in ids]) for side in (0, 1))
+    one, other = np.cov(real.T, bias=True), np.cov(made.T, bias=True)
+    slow = np.square(real.mean(0) - made.mean(0)).sum() + np.trace(
+        one + other - 2 * np.real(np.asarray(sqrtm(one @ other)))
+    )
+    assert row.fvd == pytest.approx(float(slow), rel=1e-6) and row.fvd < row.base_fvd
+
+
+def test_changed_extractors_leave_the_base_alone() -> None:
+    base = SmallI3D()
+    clip = torch.randint(0, 256, (1, 9, 3, 32, 32), dtype=torch.uint8)
+    before = base(clip)
+    other = sensitivity.other_epsilon(base, 1.0)
+    ranged = sensitivity.OtherRange(base, 0, 1)
+    assert not torch.equal(other(clip), before) and not torch.equal(ranged(clip), before)
+    assert torch.equal(base(clip), before)
+    assert float(ranged.prepare(clip).min()) >= 0 and float(base.prepare(clip).min()) < -0.9
+    assert torch.allclose(ranged.prepare(clip), (base.prepare(clip) + 1) / 2)
+    names = {str(part.identity) for part in (base, other, ranged)}
+    assert len(names) == 3  # each has its own place in the feature cache
+
+
+def test_too_few_clips_and_unknown_choices_are_refused(zoomed: Path) -> None:
+    with pytest.raises(UserError, match="at least 4 are needed"):
+        sensitivity.measure(zoomed, QUIET, limit=3)
+    with pytest.raises(UserError, match='Did you mean "stride-3"'):
+        sensitivity.measure(zoomed, QUIET, only=["stride-4"])
