@@ -2,8 +2,9 @@
 
 Reading happens in worker processes (`video_worker.py`): decord 0.6 can hang for ever holding the interpreter lock, and
 a damaged file can crash a decoder. "auto" reads a file by decord where decord agrees with a full decode about the
-number of frames, and by PyAV elsewhere (decord repeats the last frame of some DivX files, and passes over the checksums
-of FFV1); both give the same pixels, but for a rounding of one or two levels in few of them.
+number of frames and about the frames around every key frame, and by PyAV elsewhere: decord repeats the last frame of
+some DivX files, and gives wrong frames where it seeks in MPEG-4 with B-frames or H.264 with open GOPs. Both give the
+same pixels, but for a rounding of one or two levels in few of them.
 A file of variable frame rate is read frame by frame: `fps` is its average rate, and indices count frames, not time.
 """
 
@@ -77,18 +78,17 @@ class Facts(NamedTuple):
     height: int
     width: int
     codec: str
-    rotated: bool  # the file asks the player to turn it
     damage: list[str]  # what did not decode; the first few
     hash: str  # of all pixels, where asked for
-    decord_frames: int | None  # None: decord cannot open the file, or is not installed
+    decord_frames: int | None  # that decord claims; None: it cannot open the file, or is not installed
+    decord_exact: bool  # its frames are those of a full decode, wherever it seeks
 
     @property
     def decoder(self) -> str:
         """Which decoder "auto" reads this file with."""
         if self.codec == "procedural":
             return self.codec
-        whole = self.decord_frames == self.frames and not self.damage
-        return "decord" if whole and not self.rotated and self.codec != "ffv1" else "pyav"
+        return "decord" if self.decord_exact and self.codec != "ffv1" else "pyav"
 
 
 # --- worker processes -------------------------------------------------------------------------------------------------
@@ -266,7 +266,7 @@ _facts = _FactsStore()
 @lru_cache(1)
 def _versions() -> str:
     names = ["av", "decord"] if has_decord() else ["av"]
-    return " ".join(["1", *map(importlib.metadata.version, names)])  # 1: what this module calls a fact
+    return " ".join(["3", *map(importlib.metadata.version, names)])  # 3: what this module calls a fact
 
 
 def examine(path: Path, with_hash: bool = False) -> Facts:
@@ -304,6 +304,8 @@ def probe(path: Path, decoder: Decoder = "auto") -> VideoInfo:
     if facts.fps <= 0:
         raise VideoError(f"{path}: the file states no frame rate")
     chosen = facts.decoder if decoder == "auto" else decoder
+    if chosen == "decord" and not facts.decord_exact:
+        raise VideoError(f"{path}: decord does not give this file's frames under their numbers; use auto or pyav")
     return VideoInfo(facts.frames, facts.fps, facts.height, facts.width, chosen)
 
 

@@ -76,9 +76,10 @@ def decoded(container: Any, damage: list[str]) -> Any:
 
 
 def examine(path: str, with_decord: bool, with_hash: bool) -> tuple[dict[str, Any], bytes]:
-    """Facts of a file by decoding all of it; `decord_frames` is what decord claims, for comparison."""
+    """Facts of a file by decoding all of it; and whether decord gives the same frames wherever it must seek."""
     damage: list[str] = []
     count, shape, rotated, digest = 0, (0, 0), False, hashlib.blake2b(digest_size=16)
+    samples = Samples()
     with contextlib.closing(open_pyav(path)) as container:
         stream = container.streams.video[0]
         rate = stream.average_rate or stream.guessed_rate or stream.base_rate
@@ -90,29 +91,83 @@ def examine(path: str, with_decord: bool, with_hash: bool) -> tuple[dict[str, An
                 shape = (frame.width, frame.height) if frame.rotation % 180 else (frame.height, frame.width)
                 start = frame.time
             end = frame.time
+            if with_decord:
+                samples.add(count, frame)
             count += 1
             if with_hash:
                 digest.update(np.ascontiguousarray(frame.to_ndarray(format="rgb24")).data)
+        samples.finish(count)
     if count == 0:
         raise ValueError(f"no frame decodes ({damage[0] if damage else 'the stream is empty'})")
     if not rate and count > 1 and start is not None and end is not None and end > start:
         rate = (count - 1) / (end - start)
-    facts: dict[str, Any] = {
+    decord_frames, decord_exact = None, False
+    if with_decord:
+        with contextlib.suppress(Exception):  # decord raises a type of its own; a file that it cannot open is PyAV's
+            reader = open_decord(path)
+            decord_frames = len(reader)
+            whole = decord_frames == count and not damage and not rotated
+            decord_exact = whole and samples.agree(reader, count)
+    return {
         "frames": count,
         "declared": declared,
         "fps": float(rate) if rate else 0.0,
         "height": shape[0],
         "width": shape[1],
         "codec": codec,
-        "rotated": rotated,
         "damage": damage[:5],
         "hash": digest.hexdigest() if with_hash else "",
-        "decord_frames": None,
-    }
-    if with_decord:
-        with contextlib.suppress(Exception):  # decord raises a type of its own; a file that it cannot open is PyAV's
-            facts["decord_frames"] = len(open_decord(path))
-    return facts, b""
+        "decord_frames": decord_frames,
+        "decord_exact": decord_exact,
+    }, b""
+
+
+class Samples:
+    """Some pixels of the frames around every key frame, where decord's seeking may go wrong.
+
+    decord counts from the key frame before the wanted one. In MPEG-4 with B-frames, and in H.264 with open GOPs or in
+    AVI, what it decodes there are other frames than it thinks, so that most indices are wrong.
+    """
+
+    AFTER_KEY = 4
+    TOLERANCE = 4  # levels; FFmpeg's versions round MPEG-4 differently by up to 2
+
+    def __init__(self) -> None:
+        self.pixels: dict[int, np.ndarray] = {}
+        self.key = 0
+        self.last: Any = None
+
+    def add(self, index: int, frame: Any) -> None:
+        if frame.key_frame:
+            self.finish(index)
+            self.key = index
+        if index < self.key + self.AFTER_KEY:
+            self.pixels[index] = thin(frame.to_ndarray(format="rgb24"))
+        self.last = frame
+
+    def finish(self, index: int) -> None:
+        """Before the key frame `index` (or the end): keep the frame before it as well."""
+        if self.last is not None:
+            self.pixels[index - 1] = thin(self.last.to_ndarray(format="rgb24"))
+
+    def agree(self, reader: Any, count: int) -> bool:
+        """Whether decord, made to seek to every key frame (backwards), finds the same frames there."""
+        keys = [int(key) for key in reader.get_key_indices()]
+        for key, after in reversed(list(zip(keys, [*keys[1:], count], strict=True))):
+            wanted = sorted({*range(key, min(key + self.AFTER_KEY, after)), after - 1})
+            if any(index not in self.pixels for index in wanted):
+                return False
+            for index, frame in zip(wanted, reader.get_batch(wanted).asnumpy(), strict=True):
+                own = self.pixels[index].astype(np.int16)
+                if own.shape != thin(frame).shape or np.abs(own - thin(frame)).max() > self.TOLERANCE:
+                    return False
+        return bool(keys) and keys[0] == 0
+
+
+def thin(pixels: np.ndarray) -> np.ndarray:
+    """At most 64 x 64 of a frame's pixels."""
+    height, width = pixels.shape[:2]
+    return pixels[:: height // 64 + 1, :: width // 64 + 1].copy()
 
 
 def open_decord(path: str) -> Any:

@@ -115,6 +115,37 @@ def test_trap_06_both_decoders_give_the_same_pixels(files, suffix):
     assert int((both[0] - both[1]).abs().max()) <= 2
 
 
+@pytest.mark.parametrize(
+    ("container", "codec", "options"),
+    [
+        ("avi", "mpeg4", {"bf": "2", "g": "12"}),
+        ("mp4", "mpeg4", {"bf": "2", "g": "12"}),
+        ("mp4", "libx264", {"bf": "3", "g": "10", "x264-params": "open-gop=1"}),
+        ("avi", "libx264", {"bf": "0", "g": "12"}),
+        ("mp4", "libx264", {"bf": "3", "g": "12"}),
+    ],
+)
+def test_frames_are_exact_where_decord_loses_count(tmp_path, container, codec, options):
+    """Reading a part in the middle makes decord seek; in most of these files it then gives other frames."""
+    import av
+
+    path = tmp_path / f"file.{container}"
+    with av.open(str(path), "w", format=container) as output:
+        stream = output.add_stream(codec, rate=25, options={"b": "4M", **options})
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for pixels in numbered(40).permute(0, 2, 3, 1).contiguous().numpy():
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format="yuv420p")))
+        output.mux(stream.encode(None))
+    assert probe(path).num_frames == 40
+    for start in (0, 3, 11, 12, 13, 17, 20, 25, 30, 37):
+        assert numbers(VideoFile(path).read([start, start + 2])) == [start, start + 2]
+    closed = codec == "libx264" and options["bf"] == "3" and "x264-params" not in options
+    assert probe(path).decoder == ("decord" if closed else "pyav")
+    if not closed:
+        with pytest.raises(VideoError, match="decord does not give this file's frames under their numbers"):
+            read_frames(path, [20], "decord")
+
+
 def test_trap_06_no_duplicate_last_frame(files, tmp_path):
     """A file whose index lists one packet more than decodes: decord invents a frame for it, dcbench does not."""
     import av

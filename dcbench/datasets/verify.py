@@ -90,7 +90,7 @@ def _examine(item: Item) -> Facts:
         return examine(item.video.path, with_hash=True)
     info = item.video.info()
     item.video.read(range(info.num_frames))
-    return Facts(info.num_frames, info.num_frames, info.fps, info.height, info.width, "procedural", False, [], "", None)
+    return Facts(info.num_frames, info.num_frames, info.fps, info.height, info.width, "procedural", [], "", None, False)
 
 
 def _damage(facts: Facts) -> str:
