@@ -2,7 +2,7 @@
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,21 +97,28 @@ def run(
     Returns the directories of those that finished, and what was wrong with the others.
     """
     runner.check_metrics(metrics)
-    finished: list[Path] = []
     failed: list[str] = []
-    for number, job in enumerate(jobs, start=1):
-        if len(jobs) > 1 and runner.rank() == 0:
-            print(f"[{number}/{len(jobs)}] {job.model.name} on {job.plan.dataset['name']}", file=sys.stderr, flush=True)
-        try:
-            runner.sample(job, options)
-            runner.score(job, options, metrics)
-        except UserError as error:
-            if len(jobs) == 1:
-                raise
-            failed.append(f"{job.model.name} on {job.plan.dataset['name']}: {error}")
-        else:
-            finished.append(job.directory.path)
-    return finished, failed
+
+    def each(jobs: Sequence[runner.Job], what: str, step: Callable[[runner.Job], object]) -> list[runner.Job]:
+        done = []
+        for number, job in enumerate(jobs, start=1):
+            name = f"{job.model.name} on {job.plan.dataset['name']}"
+            if len(jobs) > 1 and runner.rank() == 0:
+                print(f"[{number}/{len(jobs)}] {what} {name}", file=sys.stderr, flush=True)
+            try:
+                step(job)
+                done.append(job)
+            except UserError as error:
+                if single:
+                    raise
+                failed.append(f"{name}: {error}")
+        return done
+
+    single = len(jobs) == 1
+    # all clips first: the networks of the metrics are not in memory when a model's memory is measured
+    sampled = each(jobs, "generating", lambda job: runner.sample(job, options))
+    scored = each(sampled, "scoring", lambda job: runner.score(job, options, metrics))
+    return [job.directory.path for job in scored], failed
 
 
 def report_folder(finished: Sequence[Path], out: Path | None) -> Path:

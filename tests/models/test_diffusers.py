@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -271,10 +272,39 @@ def test_faults_of_cards_and_machines_are_named(saved, tmp_path, monkeypatch):
     (tmp_path / "model_index.json").write_text((folder / "model_index.json").read_text())
     with pytest.raises(UserError, match="cannot be read as LTXImageToVideoPipeline"):
         family.load(with_overrides(card, [f"options.path={tmp_path}"]), Runtime())
+    with pytest.raises(UserError, match=r"names no \[\[weights\]\] repository"):
+        family.load(with_overrides(card, ["options.path="]).model_copy(update={"weights": ()}), Runtime())
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"needs diffusers 0.42 or later, here is 0.35"):
+        patch.setattr("diffusers.__version__", "0.35.1")
+        family.load(card, Runtime())
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "diffusers" else real(name))
-    with pytest.raises(UserError, match=r"pip install 'dcbench\[baselines\]'"):
+    with pytest.raises(UserError, match=r"pip install --upgrade 'dcbench\[baselines\]'"):
         family.load(card, Runtime())
+
+
+def test_only_the_notice_of_deprecation_is_hidden(saved):
+    heard: list[str] = []
+
+    class Listens(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            heard.append(record.getMessage())
+
+    folder = saved("I2VGenXLPipeline")
+    logger, listener = logging.getLogger("diffusers.pipelines.pipeline_utils"), Listens()
+    before = list(logger.filters)
+    logger.addHandler(listener)
+    try:
+        tiny_pipelines.i2vgen_xl()
+        assert len(heard) == 1 and "deprecated" in heard[0]
+        family.load(tiny_card("i2vgen-xl", folder), Runtime())
+        assert len(heard) == 1
+        with family._quiet():
+            logger.warning("something else")
+        assert heard[1:] == ["something else"]
+    finally:
+        logger.removeHandler(listener)
+    assert logger.filters == before
 
 
 def test_a_size_that_the_pipeline_refuses_is_a_user_s_error(saved):

@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import venv
 from pathlib import Path
@@ -189,6 +191,31 @@ def test_a_hang_is_ended_with_all_its_children_and_resumed(program):
     run.sample(plan(program), QUIET)
     assert is_right(job)
     assert len(program.times_made()) == 4
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks processes up in /proc")
+def test_ctrl_c_ends_the_program_and_the_run_continues(program, monkeypatch, capfd):
+    child = program.folder / "fault.txt.child"
+
+    def interrupt() -> None:
+        while not child.is_file() or not child.read_text():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    card = Path(program.card)
+    card.write_text(card.read_text().replace("timeout = 2.0", "timeout = 60.0"))
+    program.fault("hang", 2)
+    threading.Thread(target=interrupt, daemon=True).start()
+    arguments = ["sample", "--model", program.card, "--dataset", "shapes", "--limit", "3", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["dcbench", *arguments, "--out", str(program.folder / "run")])
+    with pytest.raises(SystemExit, match="130"):
+        main()
+    assert "The same command continues where it was" in capfd.readouterr().err
+    assert not alive(int(child.read_text()))
+    program.fault()
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    assert len(program.times_made()) == 3  # two before, one after
 
 
 def test_clips_that_finished_behind_a_missing_one_are_not_made_again(program):

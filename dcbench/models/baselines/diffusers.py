@@ -28,7 +28,8 @@ from dcbench.seeding import generator
 from dcbench.weights import MissingWeights, check_free, describe, first_line
 
 Policy = Literal["squash", "pad", "crop", "same_area"]
-INSTALL = "pip install 'dcbench[baselines]'"
+MINIMUM = (0, 42)  # the first that was tried; older ones overlook `dtype` and load everything in float32
+INSTALL = "pip install --upgrade 'dcbench[baselines]'"
 ARGUMENT = {"steps": "num_inference_steps"}  # names in [sampling] that differ from the pipelines' own
 
 
@@ -194,6 +195,8 @@ def load(card: ModelCard, runtime: Runtime) -> Diffusers:
     options: PipelineOptions = validate(card.options, PipelineOptions, f"{card.name}, options")
     if not (card.clip.frames and card.clip.height and card.clip.width):
         raise UserError(f"{card.name}: its card must name [clip] frames, height and width")
+    if not (options.path or card.weights):
+        raise UserError(f"{card.name}: its card names no [[weights]] repository; give a local folder: options.path")
     if options.temporal == "nearest_time" and not card.clip.fps:
         raise UserError(f"{card.name}: the temporal policy 'nearest_time' needs [clip] fps")
     for name in ("diffusers", "transformers", "accelerate"):
@@ -205,11 +208,14 @@ def load(card: ModelCard, runtime: Runtime) -> Diffusers:
     if not options.path:  # the card's figure is the repository's; a local folder may hold a smaller one
         check_memory(card.name, options, dtype, runtime.device)
     diffusers = _library()
+    if tuple(int(part) for part in diffusers.__version__.split(".")[:2]) < MINIMUM:
+        wanted = ".".join(str(part) for part in MINIMUM)
+        raise UserError(f"{card.name} needs diffusers {wanted} or later, here is {diffusers.__version__}: {INSTALL}")
     kind = getattr(diffusers, options.pipeline, None)
     if kind is None:
         raise UserError(
             f"{card.name}: diffusers {diffusers.__version__} has no {options.pipeline}."
-            f"{near_match(options.pipeline, dir(diffusers))} Another version may: {INSTALL} --upgrade"
+            f"{near_match(options.pipeline, dir(diffusers))} Another version may: {INSTALL}"
         )
     folder = (
         Path(options.path).expanduser() if options.path else fetch_repository(card.weights[0], card, runtime.offline)
@@ -217,7 +223,8 @@ def load(card: ModelCard, runtime: Runtime) -> Diffusers:
     listed = _listed(folder)
     by_part: dict[str, Any] = {name: torch.float32 for name in options.keep_float32}
     if not sys.stderr.isatty():
-        diffusers.utils.logging.disable_progress_bar()
+        for library in (diffusers, importlib.import_module("transformers")):
+            library.utils.logging.disable_progress_bar()
     with _quiet():
         parts: dict[str, Any] = {}
         for name, class_name in options.components.items():
