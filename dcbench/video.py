@@ -42,6 +42,7 @@ SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".gif")
 WORKER = Path(__file__).with_name("video_worker.py")
 SECONDS = 30.0  # a request may take this long, and SECONDS_PER_MB more for each megabyte of the file
 SECONDS_PER_MB = 2.0
+START_SECONDS = 120.0
 
 
 class VideoError(UserError):
@@ -108,6 +109,15 @@ class _Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )
+        try:  # apart from the first request's time: a busy machine may need many seconds for imports
+            reason = self.ask({"op": "start"}, START_SECONDS)[0].get("error")
+        except _WorkerDied as died:
+            reason = str(died)
+        if reason:
+            self.close()
+            raise UserError(
+                f"the decoding process does not start ({reason}). Does `{sys.executable} -c 'import av'` work?"
+            )
 
     def ask(self, request: dict[str, Any], seconds: float) -> tuple[dict[str, Any], Tensor]:
         """The answer's header and its bytes; after _WorkerDied the process is gone."""

@@ -230,6 +230,12 @@ def first_line(error: BaseException) -> str:
 
 
 def answer(request: dict[str, Any]) -> tuple[dict[str, Any], memoryview | bytes]:
+    if request["op"] == "start":
+        import av  # noqa: F401
+
+        with contextlib.suppress(ImportError):  # not there on every machine
+            import decord  # noqa: F401
+        return {}, b""
     if request["op"] == "examine":
         return examine(request["path"], request["with_decord"], request["with_hash"])
     if request["op"] == "clip":

@@ -56,7 +56,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Replace functions of the decoding process by others, and give each request two seconds."""
+    """Replace functions of the decoding process by others, and give each request one second."""
 
     def start(patch: str) -> None:
         script = tmp_path / "patched_worker.py"
@@ -70,7 +70,7 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         )
         video.close_workers()
         monkeypatch.setattr(video, "WORKER", script)
-        monkeypatch.setattr(video, "SECONDS", 2.0)
+        monkeypatch.setattr(video, "SECONDS", 1.0)
 
     yield start
     video.close_workers()
@@ -339,14 +339,14 @@ def test_both_decoders_hang_names_file_and_reason(files, worker):
     probe(files["mp4"])
     worker(f"worker.READERS.update(decord=lambda path, indices: {HANG}, pyav=lambda path, indices: {HANG})")
     with pytest.raises(
-        VideoError, match=r"numbered\.mp4: cannot be read \(decord: no answer within 2 s; pyav: no answer"
+        VideoError, match=r"numbered\.mp4: cannot be read \(decord: no answer within 1 s; pyav: no answer"
     ):
         read_frames(files["mp4"], [3])
 
 
 def test_a_decoder_asked_for_by_name_never_falls_back(files, worker):
     worker(f"worker.READERS['decord'] = lambda path, indices: {HANG}")
-    with pytest.raises(VideoError, match="decord: no answer within 2 s"):
+    with pytest.raises(VideoError, match="decord: no answer within 1 s"):
         read_frames(files["mp4"], [3], "decord")
 
 
@@ -355,6 +355,12 @@ def test_crashing_decoder(files, worker):
     assert read_frames(files["mp4"], [3])[1] == "pyav"
     with pytest.raises(VideoError, match="the decoder crashed \\(SIGSEGV\\)"):
         read_frames(files["mp4"], [3], "decord")
+
+
+def test_a_process_that_cannot_start_says_so(files, worker):
+    worker("raise SystemExit(3)")
+    with pytest.raises(UserError, match=r"does not start \(the decoding process ended with exit code 3\).*import av"):
+        read_frames(files["mp4"], [3])
 
 
 def test_decoder_that_prints_does_not_spoil_its_answer(files, worker):
