@@ -12,6 +12,7 @@ from typing import Any
 
 from dcbench.catalogue import DatasetCard
 from dcbench.datasets.base import Item
+from dcbench.datasets.text import open_text, read_lines
 from dcbench.errors import UserError, near_match
 from dcbench.video import SUFFIXES, VideoFile
 
@@ -110,7 +111,7 @@ class Folder:
 
 
 def _csv_rows(file: Path) -> Iterator[tuple[str, list[str]]]:
-    with file.open(encoding="utf-8-sig", newline="") as lines:
+    with open_text(file) as lines:
         rows = csv.DictReader(lines, delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
         if not {"file", "caption"} <= set(rows.fieldnames or ()):
             raise UserError(
@@ -121,7 +122,7 @@ def _csv_rows(file: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def _jsonl_rows(file: Path) -> Iterator[tuple[str, list[str]]]:
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(read_lines(file), 1):
         if not line.strip():
             continue
         try:

@@ -11,6 +11,7 @@ from typing import Any
 from dcbench.catalogue import DatasetCard
 from dcbench.datasets.base import Item
 from dcbench.datasets.folder import find_files, find_videos
+from dcbench.datasets.text import open_text
 from dcbench.errors import UserError, near_match
 from dcbench.video import SUFFIXES, VideoFile
 
@@ -70,7 +71,8 @@ class MSRVTT:
             for entry in data["sentences"]:
                 caption = " ".join(str(entry.get("caption", "")).split())
                 if caption and (name := str(entry.get("video_id"))) in sentences:
-                    sentences[name].append((int(entry.get("sen_id", len(sentences[name]))), caption))
+                    order = str(entry.get("sen_id"))
+                    sentences[name].append((int(order) if order.isdigit() else len(sentences[name]), caption))
         if not sentences:
             have = ", ".join(file.name for file in self.json_files) or "no JSON file"
             raise UserError(
@@ -84,7 +86,8 @@ class MSRVTT:
         """The 1k-A list: one sentence a video. Copies differ in the column's name and in the separator."""
         if self.list_file is None:
             raise UserError(f"msrvtt: split 1k-A needs {LIST_NAMES[0]}, which is not in {self.root}")
-        text = self.list_file.read_text(encoding="utf-8-sig")
+        with open_text(self.list_file) as file:
+            text = file.read()
         header = text.split("\n", 1)[0]
         rows = csv.DictReader(
             io.StringIO(text, newline=""), delimiter=";" if header.count(";") > header.count(",") else ","
@@ -146,11 +149,13 @@ def _number(name: str, file: Path) -> int:
 
 
 def _load_json(file: Path) -> dict[str, list[dict[str, Any]]]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{file} is no JSON file: {error}") from error
-    if not isinstance(data, dict) or not all(isinstance(data.get(key), list) for key in ("videos", "sentences")):
+    with open_text(file) as lines:
+        try:
+            data = json.load(lines)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{file} is no JSON file: {error}") from error
+    tables = [data.get(key) for key in ("videos", "sentences")] if isinstance(data, dict) else [None]
+    if not all(isinstance(table, list) and all(isinstance(entry, dict) for entry in table) for table in tables):
         raise UserError(f"{file}: expected an object with the lists 'videos' and 'sentences', as MSR-VTT has them")
     return data
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from dcbench.catalogue import DatasetCard
 from dcbench.datasets.base import Item
+from dcbench.datasets.text import read_lines
 from dcbench.errors import UserError, near_match
 from dcbench.video import VideoFile
 
@@ -77,7 +78,7 @@ class UCF101:
                 f"ucf101: split {split} needs {file}, which is not in {self.lists or self.root / 'ucfTrainTestlist'}. "
                 "Get the lists (UCF101TrainTestSplits-RecognitionTask.zip) from https://www.crcv.ucf.edu/data/UCF101.php"
             )
-        lines = (self.lists / file).read_text(encoding="utf-8-sig").splitlines()
+        lines = read_lines(self.lists / file)
         names = [line.split()[0].replace("\\", "/") for line in lines if line.strip()]
         if not names:
             raise UserError(f"ucf101: {self.lists / file} is empty, so split {split} holds no video")
@@ -107,7 +108,7 @@ class UCF101:
         index = self.lists / "classInd.txt" if self.lists else None
         if index is None or not index.is_file():
             return {path.parent.name.lower(): path.parent.name for path in self.files.values()}
-        rows = [line.split() for line in index.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        rows = [line.split() for line in read_lines(index) if line.strip()]
         wrong = next((row for row in rows if len(row) != 2 or not row[0].isdigit()), None)
         if wrong:
             raise UserError(f"{index}: {' '.join(wrong)!r} is no line of the form '1 ApplyEyeMakeup'")
@@ -125,7 +126,7 @@ class UCF101:
                 f"'Class<tab>sentence'.{hint}"
             )
         sentences: dict[str, str] = {}
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        for number, line in enumerate(read_lines(path), 1):
             label, tab, sentence = line.partition("\t")
             if not line.strip() or (number == 1 and label.strip().lower() == "class"):
                 continue

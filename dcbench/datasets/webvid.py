@@ -8,6 +8,7 @@ from typing import Any
 
 from dcbench.catalogue import DatasetCard
 from dcbench.datasets.base import Item
+from dcbench.datasets.text import open_text
 from dcbench.errors import UserError, near_match
 from dcbench.video import VideoFile
 
@@ -64,7 +65,7 @@ class WebVid:
         return files
 
     def _read(self, file: Path, split: str, items: dict[str, Item]) -> None:
-        with file.open(encoding="utf-8-sig", newline="") as lines:
+        with open_text(file) as lines:
             rows = csv.DictReader(lines)
             columns = rows.fieldnames or ()
             needs_motion = self.min_dynamic_confidence > 0 or self.prompt == "dynamic_wording"

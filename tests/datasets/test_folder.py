@@ -82,6 +82,15 @@ def test_bad_captions_are_named(tmp_path, name, text, message):
         Folder(tmp_path)
 
 
+def test_captions_in_another_encoding(tmp_path):
+    touch(tmp_path, "a.mp4")
+    (tmp_path / "captions.csv").write_bytes("file,caption\na.mp4,größer\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"captions\.csv is not UTF-8 text \(byte 0xf6\); save it as UTF-8"):
+        Folder(tmp_path)
+    (tmp_path / "captions.csv").write_text("file,caption\r\na.mp4,größer\r\n", encoding="utf-8-sig", newline="")
+    assert Folder(tmp_path).items("all")[0].captions == ("größer",)
+
+
 def test_empty_folder_and_missing_caption_file(tmp_path):
     card = find_dataset("folder")
     with pytest.raises(UserError, match=r"holds no video; looked for \.mp4"):

@@ -125,6 +125,7 @@ def test_annotations_under_another_name(official, tmp_path):
     [
         ("{", "is no JSON file"),
         ("[]", "lists 'videos' and 'sentences'"),
+        ('{"videos": ["video1"], "sentences": []}', "lists 'videos' and 'sentences'"),
         ('{"videos": [{"video_id": "../../x"}], "sentences": []}', "expected video0"),
     ],
 )
