@@ -8,7 +8,8 @@ from dcbench.reports.figures import cost_plot, frame_grid
 from dcbench.reports.page import ClipSource, group_runs, spread, write_page
 from dcbench.reports.tables import (
     Run,
-    cost_table,
+    costs,
+    costs_to_markdown,
     layout,
     load_runs,
     name_runs,
@@ -27,11 +28,11 @@ def write_report(runs: Sequence[Path], to: Path) -> str:
     found = numbers(loaded)
     table = layout(loaded, found)
     text = to_markdown(table)
-    costs = cost_table(loaded)
-    write_text(to / "table.md", text + (f"\n{costs}" if costs else ""))
+    taken = costs(loaded)
+    write_text(to / "table.md", text + (f"\n{costs_to_markdown(taken)}" if taken else ""))
     write_text(to / "table.tex", to_latex(table))
     write_text(to / "table.csv", to_csv(found))
-    write_page(loaded, table, [*_grids(loaded, to), *_costs(loaded, to)], to)
+    write_page(loaded, table, taken, [*_grids(loaded, to), *_cost_plots(loaded, to)], to)
     return text
 
 
@@ -52,7 +53,7 @@ def _grids(runs: Sequence[Run], to: Path) -> list[tuple[str, str]]:
     return figures
 
 
-def _costs(runs: Sequence[Run], to: Path) -> list[tuple[str, str]]:
+def _cost_plots(runs: Sequence[Run], to: Path) -> list[tuple[str, str]]:
     """FVD against seconds a clip, for each fingerprint with several runs that tell both."""
     figures = []
     labels = name_runs(runs)

@@ -14,7 +14,7 @@ from torch import Tensor
 from dcbench import run as runner
 from dcbench.errors import UserError
 from dcbench.record import ManifestItem, read_jsonl, read_manifest, write_text
-from dcbench.reports.tables import Run, Table, name_runs, show_value
+from dcbench.reports.tables import COST_HEADINGS, Run, Table, name_runs, show_value
 from dcbench.video import read_clip, write_mp4
 from dcbench.weights import atomic_write
 
@@ -108,13 +108,23 @@ def group_runs(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def write_page(
-    runs: Sequence[Run], table: Table, figures: Sequence[tuple[str, str]], to: Path, clips: int = 12
+    runs: Sequence[Run],
+    table: Table,
+    costs: Sequence[Sequence[str]],
+    figures: Sequence[tuple[str, str]],
+    to: Path,
+    clips: int = 12,
 ) -> Path:
     """Write index.html and media/ to the folder; returns the page. `figures`: (file relative to the page, caption)."""
     sections = [_section(group, number, to, clips, name_runs(runs)) for number, group in enumerate(group_runs(runs))]
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
     page = environment.get_template("report.html").render(
-        title="dcbench report", table=table, figures=figures, sections=sections
+        title="dcbench report",
+        table=table,
+        costs=costs,
+        cost_headings=COST_HEADINGS,
+        figures=figures,
+        sections=sections,
     )
     write_text(to / "index.html", page)
     for name in ("report.css", "report.js"):

@@ -419,21 +419,25 @@ def to_latex(table: Table) -> str:
     return f"{body.rstrip()}\n\n{{\\footnotesize\\raggedright\n{notes}}}\n"
 
 
-def cost_table(runs: Sequence[Run]) -> str:
-    """What the runs took, as Markdown; '' when none tells."""
-    names = name_runs(runs)
-    lines = [
-        [
-            _markdown(names[run.path]),
-            run.dataset,
-            show_value(run.cost.seconds_per_clip),
-            f"{run.cost.peak_memory_mb:.0f}" if run.cost.peak_memory_mb is not None else "",
-            _markdown(f"{run.cost.device}, {run.cost.dtype}, {run.cost.hardware}"),
-        ]
-        for run in runs
-        if run.cost is not None and run.cost.seconds_per_clip is not None
-    ]
+COST_HEADINGS = ("Model", "Dataset", "Seconds a clip", "Peak memory, MB", "On")
+
+
+def costs(runs: Sequence[Run]) -> list[list[str]]:
+    """What the runs took, a line for each run that tells: the columns of COST_HEADINGS."""
+    labels = name_runs(runs)
+    lines = []
+    for run in runs:
+        if run.cost is not None and run.cost.seconds_per_clip is not None:
+            memory = run.cost.peak_memory_mb
+            place = ", ".join(part for part in (run.cost.device, run.cost.dtype, run.cost.hardware) if part)
+            seconds = show_value(run.cost.seconds_per_clip)
+            lines.append([labels[run.path], run.dataset, seconds, "" if memory is None else f"{memory:.0f}", place])
+    return lines
+
+
+def costs_to_markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A table; '' for no lines."""
     if not lines:
         return ""
-    headings = ["Model", "Dataset", "Seconds a clip", "Peak memory, MB", "On"]
-    return pd.DataFrame(lines, columns=pd.Index(headings)).to_markdown(index=False, disable_numparse=True) + "\n"
+    frame = pd.DataFrame([[_markdown(text) for text in line] for line in lines], columns=pd.Index(COST_HEADINGS))
+    return frame.to_markdown(index=False, disable_numparse=True) + "\n"

@@ -12,7 +12,8 @@ from dcbench.errors import UserError
 from dcbench.record import Cost, Excluded, Failure, Plan, Record, Score, write_json
 from dcbench.reports.tables import (
     Run,
-    cost_table,
+    costs,
+    costs_to_markdown,
     layout,
     load_runs,
     name_runs,
@@ -302,9 +303,9 @@ def test_csv_has_every_number_in_full():
 
 def test_cost_table():
     cheap = Cost(seconds_per_clip=0.25, peak_memory_mb=512.4, device="cpu", dtype="float32", hardware="x86_64")
-    text = cost_table([run("A", {}, cost=cheap), run("B", {})])
+    text = costs_to_markdown(costs([run("A", {}, cost=cheap), run("B", {})]))
     assert "| A       | ucf101    | 0.2500" in text and "512" in text and "| B" not in text
-    assert cost_table([run("B", {})]) == ""
+    assert costs_to_markdown(costs([run("B", {})])) == ""
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
