@@ -110,7 +110,8 @@ def _around(value: float, half: float) -> Interval:
 
 
 def _folder(name: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")
+    plain = name.lower().replace("λ", "lambda")
+    return "".join(c if c.isascii() and c.isalnum() else "-" for c in plain).strip("-")
 
 
 # ---- the shapes world: its own judge
@@ -176,7 +177,7 @@ def held_out_of(suite: Suite, arm: Arm, trained: Path, seed: int, data: Path | N
         begin(
             networks, load_tensors(trained / "weights.safetensors"), ("autoencoder", "text", "image"), "dynamicrafter"
         )
-        measured = held_out(networks, recipe, recipe.stages[-1], data_root=data)
+        measured = held_out(networks, recipe, recipe.stages[-1], clips=suite.held_out_clips, data_root=data)
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(vars(measured), indent=1))
     return HeldOut(**json.loads(path.read_text()))

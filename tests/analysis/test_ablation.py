@@ -1,0 +1,160 @@
+"""Suites from end to end: sampled arms, λ arms, folders of clips, trained arms; and that they resume."""
+
+import json
+
+import pytest
+
+from dcbench import run
+from dcbench.analysis.ablation import run_suite
+from dcbench.analysis.suite import Suite
+from dcbench.catalogue import ModelCard, find_dataset, find_model
+from dcbench.protocol import find_protocol
+from dcbench.weights import load_tensors
+
+QUIET = run.Options(device="cpu", quiet=True)
+CARD = ModelCard(
+    name="gates",
+    title="",
+    summary="",
+    entry_point="dcbench.models.dynamicrafter.load:load",
+    options={"variant": "tiny", "random_seed": 0},
+    sampling={"steps": 1, "guidance_scale": 1.0},
+    conditions_on=("image", "prompt", "frame_stride"),
+)
+RECIPE = """
+name = "micro"
+summary = "for tests"
+variant = "tiny"
+seed = 1
+[model]
+height = 16
+width = 16
+[model.unet]
+model_channels = 8
+head_channels = 8
+init_heads = 1
+context_dim = 16
+text_tokens = 24
+image_tokens = 2
+norm_groups = 4
+[model.autoencoder]
+channels = 8
+channel_mult = [1, 1]
+norm_groups = 4
+[model.clip]
+embed_dim = 16
+image_size = 16
+vision_width = 16
+vision_layers = 1
+vision_head_width = 8
+context_length = 24
+text_width = 16
+text_heads = 2
+text_layers = 2
+[model.query_transformer]
+in_dim = 16
+dim = 16
+out_dim = 16
+depth = 1
+heads = 2
+head_dim = 8
+num_queries = 2
+[data]
+dataset = "shapes"
+options = { size = 16, train_videos = 20, test_videos = 8 }
+clips = 6
+strides = [3]
+cache = true
+[[stages]]
+name = "base"
+steps = 2
+batch_size = 2
+lr = 1e-3
+train = ["spatial", "temporal"]
+context = "none"
+vdg = "none"
+[[stages]]
+name = "joint"
+steps = 2
+batch_size = 2
+lr = 1e-3
+"""
+
+
+def both(suite, out, **changes):
+    settings = {"limit": 2, "metrics": ("motion",), "options": QUIET, **changes}
+    return run_suite(suite, CARD, find_dataset("shapes"), find_protocol("smoke"), out, **settings)
+
+
+def test_sampled_arms_share_their_clips_and_resume(tmp_path):
+    still = run.plan(
+        find_model("still"), find_dataset("shapes"), find_protocol("smoke"), out=tmp_path / "still", limit=2
+    )
+    run.sample(still, QUIET)
+    arms = (
+        {"name": "ours", "published": {"fvd": 234.66}},
+        {"name": "λ off", "group": "all", "x": 0, "image_scale": {"all": 0.0}},
+        {"name": "λ twice", "group": "all", "x": 2, "image_scale": {"all": 2.0}},
+        {"name": "folder", "clips": str(tmp_path / "still" / "clips")},
+    )
+    suite = Suite.model_validate({"name": "own", "title": "Own", "x_label": "factor", "arms": arms})
+    rows = both(suite, tmp_path / "out")
+    manifests = {(path / "manifest.jsonl").read_text() for path in (tmp_path / "out").glob("*/seed-123")}
+    assert len(manifests) == 1 and [row.clips for row in rows] == [2, 2, 2, 2]
+    assert all({"motion", "judge_motion", "judge_colour"} <= set(row.scores) for row in rows)
+    assert rows[3].scores["judge_colour"][0][0] == 1.0
+    clips = {p.parent.parent.parent.name: p.read_bytes() for p in (tmp_path / "out").glob("*/*/clips/test-*.mkv")}
+    assert clips["lambda-off"] != clips["lambda-twice"]
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "234.66" in table and "λ off" in table and (tmp_path / "out" / "curves-motion.png").is_file()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/*/clips/*.mkv")}
+    both(suite, tmp_path / "out")
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+@pytest.mark.slow
+def test_trained_arms_share_their_base_and_differ_by_what_they_say(tmp_path):
+    (tmp_path / "micro.toml").write_text(RECIPE)
+    arms = (
+        {"name": "ours"},
+        {"name": "entire", "stages": {"joint": {"train": ("context", "spatial", "temporal")}}},
+    )
+    suite = Suite.model_validate(
+        {
+            "name": "own",
+            "title": "Own",
+            "kind": "training",
+            "recipe": str(tmp_path / "micro.toml"),
+            "shared": "base",
+            "held_out_clips": 4,
+            "arms": arms,
+        }
+    )
+    rows = both(suite, tmp_path / "out", seeds=(1, 2))
+    base = load_tensors(tmp_path / "out" / "shared" / "base" / "weights.safetensors")
+    temporal = next(name for name in base if "temopral_conv.conv1" in name and name.endswith("conv1.2.weight"))
+    for name, same in (("ours", True), ("entire", False)):
+        for seed in (1, 2):
+            folder = tmp_path / "out" / name / f"training-{seed}"
+            after = load_tensors(folder / "joint" / "weights.safetensors")
+            assert (after[temporal] == base[temporal]).all() == same
+            assert json.loads((folder / "held_out.json").read_text())["loss"] > 0
+    assert all(len(row.scores["held_out_loss"]) == 2 and len(row.scores["swap_text"]) == 2 for row in rows)
+    assert "seeds 1, 2" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_an_unknown_stage_of_an_arm_is_refused(tmp_path):
+    (tmp_path / "micro.toml").write_text(RECIPE)
+    arm = {"name": "ours", "stages": {"jiont": {"steps": 1}}}
+    suite = Suite.model_validate(
+        {
+            "name": "own",
+            "title": "",
+            "kind": "training",
+            "recipe": str(tmp_path / "micro.toml"),
+            "shared": "base",
+            "arms": [arm],
+        }
+    )
+    with pytest.raises(ValueError, match="joint"):
+        both(suite, tmp_path / "out")
