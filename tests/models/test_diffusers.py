@@ -283,6 +283,17 @@ def test_faults_of_cards_and_machines_are_named(saved, tmp_path, monkeypatch):
         family.load(card, Runtime())
 
 
+def test_a_tokenizer_that_needs_more_packages_says_which(saved, tmp_path, monkeypatch):
+    """transformers' own message speaks of tiktoken."""
+    folder = tmp_path / "pipeline"
+    shutil.copytree(saved("LTXImageToVideoPipeline"), folder)
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    (folder / "tokenizer" / "spiece.model").touch()
+    monkeypatch.setattr(family, "_installed", lambda package: package != "google.protobuf")
+    with pytest.raises(UserError, match=r"reading spiece.model needs protobuf: pip install protobuf"):
+        family.load(tiny_card("ltx-video", folder), Runtime())
+
+
 def test_only_the_notice_of_deprecation_is_hidden(saved):
     heard: list[str] = []
 

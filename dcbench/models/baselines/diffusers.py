@@ -200,7 +200,7 @@ def load(card: ModelCard, runtime: Runtime) -> Diffusers:
     if options.temporal == "nearest_time" and not card.clip.fps:
         raise UserError(f"{card.name}: the temporal policy 'nearest_time' needs [clip] fps")
     for name in ("diffusers", "transformers", "accelerate"):
-        if importlib.util.find_spec(name) is None:
+        if not _installed(name):
             raise UserError(f"{card.name} needs the package {name}, which is not installed: {INSTALL}")
     dtype = runtime.dtype or options.dtype
     if runtime.device == "cpu" and dtype == "float16":
@@ -221,6 +221,7 @@ def load(card: ModelCard, runtime: Runtime) -> Diffusers:
         Path(options.path).expanduser() if options.path else fetch_repository(card.weights[0], card, runtime.offline)
     )
     listed = _listed(folder)
+    check_tokenizers(card.name, folder)
     by_part: dict[str, Any] = {name: torch.float32 for name in options.keep_float32}
     if not sys.stderr.isatty():
         for library in (diffusers, importlib.import_module("transformers")):
@@ -251,6 +252,23 @@ def load(card: ModelCard, runtime: Runtime) -> Diffusers:
 def _library() -> Any:
     """diffusers, which fills in its names lazily, so that no type checker knows them."""
     return importlib.import_module("diffusers")
+
+
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # of a parent package
+        return False
+
+
+def check_tokenizers(name: str, folder: Path) -> None:
+    """T5 tokenizers that are stored as a sentencepiece model alone (CogVideoX, LTX-Video) need two more packages."""
+    alone = [path for path in folder.glob("tokenizer*/*.model") if not (path.parent / "tokenizer.json").is_file()]
+    missing = [p for p, module in (("sentencepiece",) * 2, ("protobuf", "google.protobuf")) if not _installed(module)]
+    if alone and missing:
+        raise UserError(
+            f"{name}: reading {alone[0].name} needs {' and '.join(missing)}: pip install {' '.join(missing)}"
+        )
 
 
 def check_memory(name: str, options: PipelineOptions, dtype: str, device: str) -> None:
@@ -289,7 +307,10 @@ def fetch_repository(source: WeightSource, card: ModelCard, offline: bool, to: P
     cached = None
     with _quiet(), contextlib.suppress(Exception):  # the hub raises dozens of types for "not in the cache"
         cached = get(local_files_only=True)
-    place = f"Fetch them: dcbench weights fetch {card.name}. Or give a local copy: --set options.path=FOLDER"
+    place = (
+        f"Fetch them: dcbench weights fetch {card.name}, or run with --download. "
+        "Or give a local copy: --set options.path=FOLDER"
+    )
     if offline or constants.HF_HUB_OFFLINE:
         if cached is None:
             raise MissingWeights(f"weights are missing and this run is offline.\n  {describe(source)}\n  {place}")
