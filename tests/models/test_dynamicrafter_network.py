@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import importlib
 import json
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from dcbench.models.dynamicrafter.autoencoder import Autoencoder
 from dcbench.models.dynamicrafter.config import VARIANTS, AutoencoderConfig, Config, variant
 from dcbench.models.dynamicrafter.networks import Networks
 from dcbench.models.dynamicrafter.unet import UNet, parameter_role
+from dcbench.models.dynamicrafter.winograd import FrameConv
 
 MANIFESTS = Path(__file__).parents[1] / "data" / "parity" / "manifests.json.gz"
 
@@ -161,6 +163,32 @@ def test_the_autoencoder_trains_with_any_number_of_latent_channels():
     ).square().mean() + 1e-6 * posterior.kl().mean()
     loss.backward()
     assert all(p.grad is not None for p in network.parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("n", "i", "o", "h", "w"), [(3, 8, 12, 4, 6), (70, 5, 3, 2, 2), (2, 4, 4, 16, 8)])
+def test_the_other_convolution_is_the_same(monkeypatch: pytest.MonkeyPatch, n: int, i: int, o: int, h: int, w: int):
+    monkeypatch.setattr(FrameConv, "narrowest", 1)
+    conv, x = FrameConv(i, o), random(n, i, h, w)
+    for scale in (1, 2):  # a change of the weights is seen
+        conv.weight.mul_(scale)
+        expected = torch.nn.functional.conv2d(x.double(), conv.weight.double(), conv.bias.double(), padding=1)  # type: ignore[union-attr]
+        torch.testing.assert_close(conv(x), expected.float(), rtol=1e-5, atol=1e-5)
+    assert conv._transformed is not None
+    assert conv(random(1, i, 5, 4)).shape == (1, o, 5, 4)  # odd sides go the usual way
+    with torch.enable_grad():
+        assert conv(x).requires_grad
+
+
+@torch.no_grad()
+def test_the_plain_form_of_the_network_agrees(networks: Networks, monkeypatch: pytest.MonkeyPatch):
+    """A second implementation without any of the savings; benchmarks/dynamicrafter_step.py times the two."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    plain = importlib.import_module("dynamicrafter_plain")
+    x, t, context, fs = inputs(networks.cfg, batch=2)
+    torch.testing.assert_close(
+        networks.unet(x, t, context, fs), plain.forward(networks.unet, x, t, context, fs), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_the_kl_is_that_of_two_gaussians():

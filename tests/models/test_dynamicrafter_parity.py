@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from dcbench.models.dynamicrafter import parity
 from dcbench.models.dynamicrafter.networks import Networks
 from dcbench.models.dynamicrafter.parity import Recording
+from dcbench.models.dynamicrafter.winograd import FrameConv
 
 PROJECT = Path(__file__).parents[2]
 KEPT = PROJECT / "tests" / "data" / "parity"
@@ -41,9 +42,7 @@ def test_first_blocks_of_the_unet(kept: Recording):
     ours = parity.record_outputs(unet, names, lambda: unet(*inputs))
     rows = []
     for name in names:
-        value = ours[name]
-        if data[name].ndim == 5 and value.ndim == 4:
-            value = value.unflatten(0, (data[name].shape[0], -1)).transpose(1, 2)
+        value = parity.as_recorded(unet, name, ours[name], 1)
         rows.append(parity.row("blocks", name, value, data[name]))
     check(rows, 10)
 
@@ -99,6 +98,15 @@ SLOW = {"ddim"}
 def test_whole_recording(group: str):
     with torch.no_grad():
         check(list(parity.GROUPS[group](Recording(WHOLE))), 1)
+
+
+@pytest.mark.skipif(not WHOLE.is_dir(), reason="no whole recording here: set DCBENCH_PARITY")
+def test_whole_recording_by_the_other_convolution(monkeypatch: pytest.MonkeyPatch):
+    """Winograd's convolutions, taken for wide layers only, stay within the bounds in every layer."""
+    monkeypatch.setattr(FrameConv, "narrowest", 1)
+    with torch.no_grad():
+        recording = Recording(WHOLE)
+        check([*parity.unet_blocks(recording), *parity.unet_forward(recording)], 29)
 
 
 def test_the_command_sees_an_error(kept: Recording, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -24,11 +24,12 @@ from dcbench.errors import UserError
 from dcbench.models import diffusion
 from dcbench.models.diffusion import Guidance
 from dcbench.models.dynamicrafter import conditioning
+from dcbench.models.dynamicrafter.attention import TemporalAttention, TemporalTransformer
 from dcbench.models.dynamicrafter.config import ClipConfig, Config, DiffusionConfig
 from dcbench.models.dynamicrafter.convert import released_buffers
 from dcbench.models.dynamicrafter.networks import Networks
 from dcbench.models.dynamicrafter.pipeline import Draws, DynamiCrafter, Sampling
-from dcbench.models.dynamicrafter.unet import UNet
+from dcbench.models.dynamicrafter.unet import TemporalConvs, UNet
 
 MODULE, RUN = 1e-5, 5e-5  # the bounds
 
@@ -143,16 +144,27 @@ def module_name(recorded: str) -> str:
 
 
 def unet_blocks(recording: Recording) -> Iterator[Row]:
-    """Every block's output. Ours are [(b t), c, h, w]; temporal modules were recorded as [b, c, t, h, w]."""
+    """Every block's output."""
     data = recording.tensors("unet_blocks")
     names = [key for key in data if not key.startswith(("in.", "out."))]
     inputs = (data[f"in.{name}"] for name in ("x", "timesteps", "context", "fs"))
     kept = record_outputs(recording.gated.unet, names, lambda: recording.gated.unet(*inputs))
     for name in (*names, "out.y"):
-        ours, theirs = kept[name], data[name]
-        if theirs.ndim == 5 and ours.ndim == 4:
-            ours = ours.unflatten(0, (theirs.shape[0], -1)).transpose(1, 2)
-        yield row("U-Net blocks", name, ours, theirs)
+        yield row(
+            "U-Net blocks", name, as_recorded(recording.gated.unet, name, kept[name], len(data["in.x"])), data[name]
+        )
+
+
+def as_recorded(unet: UNet, name: str, ours: Tensor, batch: int) -> Tensor:
+    """Ours in the recorded order: temporal modules as [b, c, t, h, w], their attentions as [(b s), t, c]."""
+    if name == "out.y":
+        return ours
+    module = unet.get_submodule(module_name(name))
+    if isinstance(module, (TemporalTransformer, TemporalConvs)):
+        return ours.unflatten(0, (batch, -1)).transpose(1, 2)
+    if isinstance(module, TemporalAttention):
+        return ours.unflatten(0, (batch, -1)).transpose(1, 2).flatten(0, 1)
+    return ours
 
 
 def query_transformer(recording: Recording) -> Iterator[Row]:

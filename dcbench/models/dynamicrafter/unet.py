@@ -22,6 +22,7 @@ from dcbench.models.dynamicrafter.attention import (
     zero,
 )
 from dcbench.models.dynamicrafter.config import UNetConfig
+from dcbench.models.dynamicrafter.winograd import FrameConv
 
 Context = Sequence[Sequence[KeysValues]]  # by spatial transformer, by block
 Role = Literal["context", "temporal", "spatial"]
@@ -108,14 +109,14 @@ class ResBlock(nn.Module):
     def __init__(self, cfg: UNetConfig, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.in_layers = nn.Sequential(
-            nn.GroupNorm(cfg.norm_groups, in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
+            nn.GroupNorm(cfg.norm_groups, in_channels), nn.SiLU(), FrameConv(in_channels, out_channels)
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(4 * cfg.model_channels, out_channels))
         self.out_layers = nn.Sequential(
             nn.GroupNorm(cfg.norm_groups, out_channels),
             nn.SiLU(),
             nn.Dropout(cfg.dropout),
-            zero(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+            zero(FrameConv(out_channels, out_channels)),
         )
         same = in_channels == out_channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
@@ -139,7 +140,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = FrameConv(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
