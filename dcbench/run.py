@@ -24,7 +24,7 @@ from dcbench.errors import UserError, near_match
 from dcbench.metrics.cache import FeatureCache
 from dcbench.models.base import ChecksFirst, ImageToVideo, PreparesFirst, Request, Runtime, check_generated
 from dcbench.progress import track
-from dcbench.protocol import Protocol, fingerprint, plan_clips
+from dcbench.protocol import Protocol, fingerprint, ordered, plan_clips
 from dcbench.ranks import barrier, gather, join_ranks, on_first_rank, rank, world_size
 from dcbench.record import Cost, Excluded, Failure, ManifestItem, Plan, Record
 from dcbench.rundir import RunDirectory
@@ -165,13 +165,20 @@ def _choose(
     protocol: Protocol, items: dict[str, Item], seed: int, limit: int | None, quiet: bool
 ) -> tuple[list[ManifestItem], list[Excluded]]:
     wanted = min(protocol.num_clips, len(items), limit or len(items))
-    counter = iter(track(iter(int, 1), wanted, "reading videos", quiet=quiet))
+    order = ordered(list(items.values()), protocol)  # in which plan_clips asks: some are read before they are asked for
+    infos = video.in_order(lambda item: item.video.info(), order, workers=min(8, os.cpu_count() or 1))
+    shown = iter(track(infos, wanted, "reading videos", quiet=quiet))
 
     def probe(item: Item) -> Any:
-        next(counter, None)
-        return item.video.info()
+        info = next(shown)
+        if isinstance(info, UserError):
+            raise info
+        return info
 
-    return plan_clips(protocol, list(items.values()), probe, seed, limit)
+    try:
+        return plan_clips(protocol, order, probe, seed, limit)
+    finally:
+        infos.close()  # type: ignore[attr-defined]
 
 
 def _check_manifest(chosen: list[ManifestItem], items: dict[str, Item], protocol: Protocol, path: Path) -> None:
@@ -325,7 +332,7 @@ def _sample_batches(
                 requests.append(error)
         return requests
 
-    for batch, got in scoring.read_ahead(read, batches, ahead=1):
+    for batch, got in zip(batches, video.in_order(read, batches), strict=True):
         if isinstance(got, UserError):
             raise got
         for entry, request in zip(batch, got, strict=True):

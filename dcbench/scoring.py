@@ -5,24 +5,20 @@ so memory does not grow with the number of clips.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dcbench import record
+from dcbench import record, video
 from dcbench.catalogue import MetricCard, cards, find_metric, load_entry_point
-from dcbench.datasets.base import VideoError
 from dcbench.errors import UserError
 from dcbench.metrics.base import ClipMetric, SetMetric
 from dcbench.metrics.cache import FeatureCache
 from dcbench.models.base import Runtime
 
-S = TypeVar("S")
-T = TypeVar("T")
 PREFETCH = 3  # pairs decoded ahead
 
 
@@ -101,29 +97,6 @@ def pixels_sha256(clip: Tensor) -> str:
     return hashlib.sha256(header + clip.contiguous().numpy().tobytes()).hexdigest()
 
 
-def read_ahead(read: Callable[[S], T], jobs: Iterable[S], ahead: int = PREFETCH) -> Iterator[tuple[S, T | UserError]]:
-    """Yield (job, read(job)) in order while `ahead` further jobs are being read; a UserError is yielded, not raised."""
-
-    def attempt(job: S) -> T | UserError:
-        try:
-            return read(job)
-        except UserError as error:
-            return error
-
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        waiting: list[tuple[S, Any]] = []
-        try:
-            for job in jobs:
-                waiting.append((job, pool.submit(attempt, job)))
-                if len(waiting) > ahead:
-                    first, future = waiting.pop(0)
-                    yield first, future.result()
-            for first, future in waiting:
-                yield first, future.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
 def _read_pair(pair: Pair) -> tuple[Tensor | None, Tensor | None]:
     return (
         pair.reference() if pair.reference else None,
@@ -136,10 +109,10 @@ def extractor_key(metric: SetMetric | ClipMetric) -> str:
     return record.digest(metric.extractor.identity, 32)
 
 
-def extract(pairs: Iterable[Pair], metrics: Metrics, cache: FeatureCache | None) -> Iterator[Extracted]:
+def extract(pairs: Sequence[Pair], metrics: Metrics, cache: FeatureCache | None) -> Iterator[Extracted]:
     """One pass; yields after each pair what it gave (merge them)."""
     by_extractor = {extractor_key(metric): metric for metric in metrics.sets.values()}
-    for pair, got in read_ahead(_read_pair, pairs):
+    for pair, got in zip(pairs, video.in_order(_read_pair, pairs, ahead=PREFETCH), strict=True):
         out = Extracted()
         if isinstance(got, UserError):
             out.failures.append(record.Failure(id=pair.id, reason=str(got)))
@@ -188,7 +161,9 @@ def _values(
 ) -> dict[str, Any]:
     needs = metric.card.needs
     if "image" in needs and image is None:
-        raise VideoError(f"{metric.card.name} needs the input image, and no reference clip is paired with this one")
+        raise video.VideoError(
+            f"{metric.card.name} needs the input image, and no reference clip is paired with this one"
+        )
     parts = [extractor_key(metric), metric.card.name, pixels]
     parts += [pixels_sha256(image[None])] if "image" in needs and image is not None else []
     parts += [prompt or ""] if "prompt" in needs else []

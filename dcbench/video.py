@@ -382,8 +382,8 @@ Answer = TypeVar("Answer")
 
 def in_order(
     function: Callable[[Job], Answer], jobs: Iterable[Job], workers: int = 1, ahead: int | None = None
-) -> Iterator[Answer | VideoError]:
-    """function(job) for each job in its order, or its VideoError, so that one bad video does not end the rest.
+) -> Iterator[Answer | UserError]:
+    """function(job) for each job in its order, or its UserError, so that one bad video does not end the rest.
 
     Up to `ahead` answers (2 a worker by default) are prepared while the caller computes; no more are held in memory.
     """
@@ -398,20 +398,13 @@ def in_order(
             if not waiting:
                 return
             try:
-                answer: Answer | VideoError = waiting.popleft().result()
-            except VideoError as error:
+                answer: Answer | UserError = waiting.popleft().result()
+            except UserError as error:
                 answer = error
             yield answer
             del answer  # the caller alone decides how long a clip lives
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
-
-
-def read_many(
-    jobs: Iterable[tuple[Video, Sequence[int] | None]], workers: int = 1, ahead: int | None = None
-) -> Iterator[Read | VideoError]:
-    """The frames of many videos, read ahead: `in_order` of `read`."""
-    return in_order(lambda job: read(*job), jobs, workers, ahead)
 
 
 def read_clip(path: Path) -> tuple[Tensor, float]:

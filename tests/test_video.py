@@ -16,7 +16,7 @@ import torch
 
 from dcbench import video
 from dcbench.errors import UserError
-from dcbench.video import VideoError, VideoFile, probe, read_frames, read_many
+from dcbench.video import VideoError, VideoFile, in_order, probe, read, read_frames
 
 CLIPS = Path(__file__).parents[2] / "shared" / "clips"
 real_clips = pytest.mark.skipif(
@@ -394,16 +394,20 @@ def test_worker_imports_no_torch(files):
 # --- many videos ------------------------------------------------------------------------------------------------------
 
 
+def read_in_order(jobs, workers=1, ahead=None):
+    return in_order(lambda job: read(*job), jobs, workers, ahead)
+
+
 @pytest.mark.parametrize("workers", [1, 2])
-def test_read_many_keeps_order_and_passes_over_bad_files(files, tmp_path, workers):
+def test_in_order_keeps_order_and_passes_over_bad_files(files, tmp_path, workers):
     bad = tmp_path / "bad.mp4"
     bad.write_bytes(b"nothing")
     jobs = [(VideoFile(files["mp4"]), [i]) if i % 5 else (VideoFile(bad), [0]) for i in range(20)]
-    results = list(read_many(jobs, workers))
+    results = list(read_in_order(jobs, workers))
     assert len(results) == 20
     for i, result in enumerate(results):
         if i % 5:
-            assert not isinstance(result, VideoError) and numbers(result.frames) == [i] and result.decoder == "decord"
+            assert not isinstance(result, UserError) and numbers(result.frames) == [i] and result.decoder == "decord"
         else:
             assert isinstance(result, VideoError) and "bad.mp4" in str(result)
 
@@ -411,9 +415,9 @@ def test_read_many_keeps_order_and_passes_over_bad_files(files, tmp_path, worker
 def test_trap_11_no_other_video_takes_a_broken_ones_place(files, tmp_path):
     bad = tmp_path / "bad.mp4"
     bad.write_bytes(b"nothing")
-    first, second = read_many([(VideoFile(bad), [0]), (VideoFile(files["mp4"]), [11])])
+    first, second = read_in_order([(VideoFile(bad), [0]), (VideoFile(files["mp4"]), [11])])
     assert isinstance(first, VideoError)
-    assert not isinstance(second, VideoError) and numbers(second.frames) == [11]
+    assert not isinstance(second, UserError) and numbers(second.frames) == [11]
 
 
 def test_trap_12_only_a_few_clips_are_read_ahead(files):
@@ -424,16 +428,16 @@ def test_trap_12_only_a_few_clips_are_read_ahead(files):
             asked.append(i)
             yield VideoFile(files["mp4"]), [i]
 
-    results = read_many(jobs(), workers=1, ahead=3)
+    results = read_in_order(jobs(), workers=1, ahead=3)
     next(results)
     time.sleep(0.3)
     assert asked == [0, 1, 2]
     results.close()  # type: ignore[attr-defined]
 
 
-def test_read_many_decodes_while_the_caller_computes(files):
+def test_in_order_decodes_while_the_caller_computes(files):
     jobs = [(VideoFile(files["avi"]), None) for _ in range(3)]
-    results = read_many(jobs, ahead=3)
+    results = read_in_order(jobs, ahead=3)
     next(results)
     time.sleep(1)
     begin = time.monotonic()
@@ -458,8 +462,8 @@ def test_forked_process_starts_its_own_workers(files):
 @pytest.mark.parametrize("ending", ["interrupt", "kill"])
 def test_no_process_outlives_its_parent(files, ending):
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom dcbench.video import VideoFile, read_many\n"
-        "for result in read_many(((VideoFile(Path(sys.argv[1])), None) for _ in range(10**6)), workers=2):\n"
+        "import sys, time\nfrom pathlib import Path\nfrom dcbench.video import VideoFile, in_order, read\n"
+        "for result in in_order(read, (VideoFile(Path(sys.argv[1])) for _ in range(10**6)), workers=2):\n"
         "    print('one', flush=True)\n"
     )
     process = subprocess.Popen(

@@ -323,7 +323,7 @@ def _features(
     def read(entry: ManifestItem) -> tuple[Tensor, Tensor]:
         return choice.reference(job, entry), choice.generated(job, entry)
 
-    read_all = scoring.read_ahead(read, entries)
+    read_all = zip(entries, video.in_order(read, entries, ahead=scoring.PREFETCH), strict=True)
     for entry, got in track(read_all, len(entries), choice.name or "own protocol", quiet=quiet):
         if isinstance(got, UserError):
             continue

@@ -8,7 +8,7 @@ from dcbench.datasets.base import Dataset, Item
 from dcbench.datasets.folder import find_videos
 from dcbench.errors import UserError
 from dcbench.progress import track
-from dcbench.video import Facts, VideoError, VideoFile, examine, in_order
+from dcbench.video import Facts, VideoFile, examine, in_order
 
 SHOWN = 20  # lines of each kind in the text; the lists are whole
 
@@ -65,7 +65,7 @@ def verify(
     for item, facts in track(zip(items, found, strict=True), len(items), f"verifying {split}", quiet=quiet):
         result.checked += 1
         path = item.video.path if isinstance(item.video, VideoFile) else None
-        if isinstance(facts, VideoError):
+        if isinstance(facts, UserError):
             if path is not None and not path.exists():
                 result.missing.append(item.path)
             else:
