@@ -1,5 +1,6 @@
 """Programs as models: in another environment, crashing, writing too little, hanging; each mended and resumed."""
 
+import ast
 import json
 import os
 import signal
@@ -20,7 +21,7 @@ from dcbench.catalogue import find_dataset, find_model, with_overrides
 from dcbench.cli import main
 from dcbench.errors import UserError
 from dcbench.models.base import Request, Runtime
-from dcbench.models.baselines import external
+from dcbench.models.baselines import adapters, external
 from dcbench.protocol import find_protocol
 from dcbench.rundir import RunDirectory
 
@@ -387,6 +388,15 @@ STAND_INS = {
         """,
     },
 }
+
+
+def test_the_adapters_are_python_3_8_and_need_nothing():
+    tree = ast.parse(Path(adapters.__file__).read_text(), feature_version=(3, 8))
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name.split(".")[0] for name in names} <= set(sys.stdlib_module_names)
+    done = subprocess.run([sys.executable, adapters.__file__, "seien"], capture_output=True, text=True)
+    assert "usage: adapters.py videocomposer|seine|consisti2v" in done.stderr
 
 
 @pytest.mark.parametrize("name", STAND_INS)

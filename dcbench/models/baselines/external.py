@@ -11,6 +11,7 @@ import json
 import os
 import resource
 import shlex
+import shutil
 import signal
 import string
 import subprocess
@@ -125,9 +126,7 @@ class External:
         """What is there of a clip is not usable; the program must not take it for finished."""
         while path := self._find(clip_id):
             if path.is_dir():
-                for file in path.iterdir():
-                    file.unlink()
-                path.rmdir()
+                shutil.rmtree(path)
             else:
                 path.unlink()
 
