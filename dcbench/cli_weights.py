@@ -15,8 +15,8 @@ Name = Annotated[str, typer.Argument(help="A model or a metric.")]
 
 def _find(name: str) -> Any:
     """A card that may have weights: of a model, else of a metric."""
-    metrics = cards("metrics")
-    card = find_metric(name) if name in metrics else find_model(name)
+    metrics = {known for card in cards("metrics").values() for known in (card.name, *card.aliases)}
+    card = find_metric(name) if name.lower() in metrics else find_model(name)
     if not card.weights:
         raise UserError(f"{card.name} has no weights of its own; `dcbench weights list` shows which models have")
     return card

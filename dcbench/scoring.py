@@ -85,7 +85,7 @@ def build_metrics(chosen: Sequence[MetricCard], runtime: Runtime, explicit: bool
         except UserError as error:
             if explicit:
                 raise
-            built.missing[card.name] = str(error)
+            built.missing[card.name] = str(error).replace("weights fetch NAME", f"weights fetch {card.name}")
             continue
         (built.sets if card.kind == "set" else built.clips)[card.name] = metric
     return built

@@ -167,7 +167,14 @@ class Shapes:
     test_videos: int = 2048
 
     def __post_init__(self) -> None:
-        for name, lowest in (("seed", 0), ("size", 16), ("frames", 1), ("fps", 1), ("train_videos", 0), ("test_videos", 0)):
+        for name, lowest in (
+            ("seed", 0),
+            ("size", 16),
+            ("frames", 1),
+            ("fps", 1),
+            ("train_videos", 0),
+            ("test_videos", 0),
+        ):
             if getattr(self, name) < lowest:
                 raise UserError(f"shapes: {name} = {getattr(self, name)}, expected at least {lowest}")
 
