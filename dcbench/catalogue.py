@@ -78,6 +78,7 @@ class Card(Facts):
     entry_point: str = ""  # "module:function"; "" = not available, `unavailable` says why
     unavailable: str = ""
     options: dict[str, Any] = {}  # what the entry point understands, with defaults
+    settable: tuple[str, ...] = ()  # further keys that `--set` may give, such as "options.vdg"; the entry point checks
     weights: tuple[WeightSource, ...] = ()
 
     @property
@@ -286,8 +287,11 @@ def with_overrides(card: CardT, settings: list[str]) -> CardT:
         table = data
         for parent in parents:
             table = table.get(parent) if isinstance(table, dict) else None
+        if isinstance(table, dict) and last not in table and key.strip() in card.settable:
+            table[last] = None
         if not isinstance(table, dict) or last not in table:
             allowed = [f"{name}.{inner}" for name in ("sampling", "options", "clip") for inner in data.get(name) or {}]
+            allowed += card.settable
             raise UserError(
                 f"--set {key}: {card.name} has no such key.{near_match(key, allowed)} "
                 f"Its keys: {', '.join(allowed) or 'none'}."

@@ -108,6 +108,10 @@ def _prepare(
     model_card = with_overrides(find_model(model), settings or [])
     dataset_card = find_dataset(dataset)
     chosen = find_protocol(protocol or dataset_card.protocol)
+    problems = runner.missing(model_card, dataset_card, data) if options.offline else []
+    if problems:
+        problems.append("This works right now: dcbench run --model dynamicrafter-tiny --dataset shapes")
+        raise UserError("\n\n".join(problems))
     return runner.plan(
         model_card, dataset_card, chosen, data, out, seed, limit, manifest, quiet=options.quiet, write=write
     )

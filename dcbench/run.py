@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import dcbench
-from dcbench import machine, record, scoring, video
+from dcbench import machine, record, scoring, video, weights
 from dcbench.catalogue import DatasetCard, ModelCard, load_entry_point, validate
 from dcbench.clips import resize
 from dcbench.datasets.base import Dataset, Item, find_root
@@ -132,6 +132,23 @@ def plan(
 
     made, chosen = on_first_rank(make)
     return Job(directory, made, chosen, model, resolved, items)
+
+
+def missing(model: ModelCard, dataset: DatasetCard, data: Path | None) -> list[str]:
+    """What a run needs and does not find: the dataset's files, the model's weights; each with the way to get it."""
+    problems = []
+    try:
+        find_root(dataset, data)
+    except UserError as error:
+        problems.append(str(error))
+    if model.available:
+        for source in model.weights:
+            if source.file or source.url:  # whole repositories are the wrappers' own business
+                try:
+                    weights.fetch(source, offline=True)
+                except UserError as error:
+                    problems.append(str(error).replace("weights fetch NAME", f"weights fetch {model.name}"))
+    return problems
 
 
 def load_items(card: DatasetCard, root: Path | None, protocol: Protocol) -> dict[str, Item]:

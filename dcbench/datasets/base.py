@@ -46,6 +46,5 @@ def find_root(card: DatasetCard, data: Path | None) -> Path | None:
         f"{card.title} is not here: {looked}.\n"
         f"  Get it from {card.url or 'your own disk'} ({card.size or 'size unknown'}, {card.licence or 'your licence'})"
         f" and give --data DIR, or put it at $DCBENCH_DATA/{card.name}.\n"
-        f"  Expected below that folder:\n    " + "\n    ".join(card.layout.strip().splitlines()) + "\n"
-        "  Without it, this works now: --dataset shapes"
+        f"  Expected below that folder:\n    " + "\n    ".join(card.layout.strip().splitlines())
     )
