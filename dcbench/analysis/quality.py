@@ -82,8 +82,8 @@ def grid(
         for axis, picture, name in zip(row, pictures, names, strict=True):
             axis.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
             axis.set_axis_off()
-            axis.set_title(name, fontsize=6)
-        row[1].set_title(f"{item.captions[0]}", fontsize=6, loc="left")
+            axis.text(0.5, -0.04, name, fontsize=5, ha="center", va="top", transform=axis.transAxes)
+        row[0].set_title(item.captions[0], fontsize=6, loc="left")
     figure.savefig(path, dpi=110)
 
 
