@@ -101,9 +101,9 @@ def _kept_local(dino: Path | None) -> Iterator[None]:
     torch.hub.load, torch.load = hub_load, load
     try:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message="Already found a `peft_config`"
-            )  # DreamSim wraps its network twice
+            # DreamSim wraps its network twice, and uses torch's old weight_norm
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            warnings.filterwarnings("ignore", message=".*weight_norm", category=FutureWarning)
             yield
     finally:
         torch.hub.load, torch.load, torch.hub._hub_dir = hub, torch_load, folder  # type: ignore[attr-defined]

@@ -139,6 +139,7 @@ def test_the_hash_is_of_every_weight(stored: Path, metric: PerceptualInputConfor
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 def test_the_ensemble_runs_without_torch_hub(tmp_path: Path, moving_clip: Tensor) -> None:
     """DINO's network comes from the package, its weights from a file; the value is the package's own with its hub."""
     torch.manual_seed(1)
