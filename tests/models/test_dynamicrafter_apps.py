@@ -114,6 +114,8 @@ def test_mistakes_are_told_before_the_model_is_loaded(card: ModelCard, picture: 
         apps.animate(nowhere, picture, "", tmp_path / "a.avo")
     with pytest.raises(UserError, match="no such picture"):
         apps.animate(nowhere, tmp_path / "b.png", "", tmp_path / "a.mp4")
+    with pytest.raises(UserError, match="--fps 0"):
+        apps.animate(nowhere, picture, "", tmp_path / "a.mp4", fps=0)
     with pytest.raises(UserError, match="--num 0"):
         apps.animate(nowhere, picture, "", tmp_path / "a.mp4", num=0)
     (tmp_path / "text.png").write_text("no picture")

@@ -129,7 +129,7 @@ def animate(
         raise UserError(f"--num {num}: give 1 or more")
     first = read_image(image)
     last = first if loop else None if end_image is None else read_image(end_image)
-    _check_out(out)
+    _check_out(out, fps)
     _check_ends(card, last is not None, "a loop" if loop else "a clip between two pictures")
     names = [out] if num == 1 else [out.with_stem(f"{out.stem}-{k}") for k in range(1, num + 1)]
     model = load_entry_point(card)(card, runtime or Runtime())
@@ -153,8 +153,8 @@ def tell(
 ) -> Path:
     """Write one video of a story's scenes, one after another; `fps` goes before the story's own."""
     scenes, own_fps = read_story(story)
-    fps = fps or own_fps or FPS
-    _check_out(out)
+    fps = fps if fps is not None else own_fps if own_fps is not None else FPS
+    _check_out(out, fps)
     for number, scene in enumerate(scenes, 1):
         _check_ends(card, scene.end_image is not None, f"scene {number}")
     model = load_entry_point(card)(card, runtime or Runtime())
@@ -200,8 +200,10 @@ class _Steps:
         next(self.bar, None)
 
 
-def _check_out(out: Path) -> None:
+def _check_out(out: Path, fps: float) -> None:
     """What can be said of the output before anything is computed."""
+    if not 0 < fps <= 240:
+        raise UserError(f"--fps {fps}: give a number above 0, up to 240")
     if out.suffix.lower() not in video.WRITERS:
         raise UserError(
             f"{out}: cannot write {out.suffix or 'a file without an ending'}; use {', '.join(video.WRITERS)}"
