@@ -49,13 +49,13 @@ def latents(networks, batch):
 
 def test_conditions_are_dropped_at_the_published_rates(networks, pool):
     task = DiffusionTask(networks, pool, Conditions(), ROLES)
-    _, _, _, context, _ = run(task, pool, size=1000)
+    _, _, _, context, _ = run(task, pool, size=600)
     empty = text_tokens(networks, [""], torch.device("cpu"))
     no_text = (context[:, :24] - empty).abs().amax((1, 2)) < 1e-5
     grey = context[:, 24:] - context[:, 24:].mode(0).values
     no_image = grey.abs().amax((1, 2)) < 1e-5
     rates = [float(share.float().mean()) for share in (no_text & ~no_image, no_text & no_image, ~no_text & no_image)]
-    assert rates == pytest.approx([0.05, 0.05, 0.05], abs=0.025)
+    assert rates == pytest.approx([0.05, 0.05, 0.05], abs=0.03)
 
 
 def test_the_image_latents_are_those_of_one_frame_and_are_never_dropped(networks, pool):

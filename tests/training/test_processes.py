@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from dcbench.training.run import run
@@ -13,6 +14,7 @@ from dcbench.weights import load_tensors
 WORKER = """
 import sys
 from pathlib import Path
+import pytest
 import torch
 torch.set_num_threads(1)
 from dcbench.training.recipe import Recipe
@@ -22,6 +24,7 @@ assert run(recipe, Path(sys.argv[2]), device="cpu")
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_model(make_recipe, tmp_path):
     stage = {"name": "joint", "train": ("context", "spatial"), "steps": 3, "ema": 0.9}
     recipe = make_recipe({"name": "autoencoder", "objective": "autoencoder"}, stage)
