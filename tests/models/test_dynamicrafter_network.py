@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dcbench.errors import UserError
@@ -202,6 +203,24 @@ def test_the_kl_is_that_of_two_gaussians():
 
 
 @torch.no_grad()
+def test_a_patched_autoencoder_works_on_the_coarse_grid_and_trains():
+    torch.manual_seed(0)
+    cfg = AutoencoderConfig(channels=8, channel_mult=(1,), patch_size=8, num_res_blocks=1, norm_groups=2)
+    autoencoder, frames = Autoencoder(cfg), torch.rand(2, 3, 32, 48) * 2 - 1
+    latents = autoencoder.encode(frames).mean
+    assert cfg.factor == 8
+    assert latents.shape == (2, 4, 4, 6)
+    rebuilt = autoencoder.decode(latents)
+    assert rebuilt.shape == frames.shape
+    (rebuilt - frames).square().mean().backward()
+    assert all(p.grad is not None for name, p in autoencoder.named_parameters())
+    moved = frames.clone()
+    moved[..., 0, 0] += 0.5  # one pixel: its patch alone sees it first
+    first = [autoencoder.encoder.conv_in(F.pixel_unshuffle(x, 8)) for x in (frames, moved)]
+    changed = (first[0] != first[1]).any(1)[0].nonzero()
+    assert changed.max() <= 1
+
+
 def test_decoding_in_chunks_changes_nothing(networks: Networks):
     latents = random(4, 3, 8, 8)
     whole = networks.autoencoder.from_latents(latents)

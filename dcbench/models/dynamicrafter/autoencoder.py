@@ -110,7 +110,7 @@ class Encoder(nn.Module):
     def __init__(self, cfg: AutoencoderConfig) -> None:
         super().__init__()
         channels, last = cfg.channels, len(cfg.channel_mult) - 1
-        self.conv_in = nn.Conv2d(cfg.in_channels, channels, 3, padding=1)
+        self.conv_in = nn.Conv2d(cfg.in_channels * cfg.patch_size**2, channels, 3, padding=1)
         self.down = nn.ModuleList()
         for level, mult in enumerate(cfg.channel_mult):
             width = cfg.channels * mult
@@ -142,7 +142,7 @@ class Decoder(nn.Module):
             channels = width
         self.up = nn.ModuleList(reversed(levels))  # stored from the largest size, run from the smallest
         self.norm_out = nn.GroupNorm(cfg.norm_groups, channels, eps=1e-6)
-        self.conv_out = nn.Conv2d(channels, cfg.out_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(channels, cfg.out_channels * cfg.patch_size**2, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z))
@@ -162,13 +162,13 @@ class Autoencoder(nn.Module):
         self.post_quant_conv = nn.Conv2d(cfg.latent_channels, cfg.z_channels, 1)
 
     def encode(self, frames: Tensor) -> Posterior:
-        frames = frames.contiguous(memory_format=torch.channels_last)
+        frames = F.pixel_unshuffle(frames, self.cfg.patch_size).contiguous(memory_format=torch.channels_last)
         mean, logvar = self.quant_conv(self.encoder(frames)).chunk(2, dim=1)
         return Posterior(mean, logvar.clamp(-30.0, 20.0))
 
     def decode(self, z: Tensor) -> Tensor:
         z = z.contiguous(memory_format=torch.channels_last)
-        return self.decoder(self.post_quant_conv(z))
+        return F.pixel_shuffle(self.decoder(self.post_quant_conv(z)), self.cfg.patch_size)
 
     def to_latents(self, frames: Tensor, noise: Tensor | None = None) -> Tensor:
         """Scaled latents: a sample of the posterior with this noise, or its mean without."""

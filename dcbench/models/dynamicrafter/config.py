@@ -45,12 +45,13 @@ class UNetConfig:
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """The KL autoencoder; it reduces each side by `2 ** (len(channel_mult) - 1)`."""
+    """The KL autoencoder; it reduces each side by `factor`."""
 
     in_channels: int = 3
     out_channels: int = 3
     channels: int = 128
     channel_mult: tuple[int, ...] = (1, 2, 4, 4)
+    patch_size: int = 1  # squares of so many pixels a side enter as channels: a small network on a coarse grid
     num_res_blocks: int = 2
     z_channels: int = 4  # width inside the encoder and decoder
     latent_channels: int = 4  # width of the latents themselves
@@ -60,7 +61,7 @@ class AutoencoderConfig:
 
     @property
     def factor(self) -> int:
-        return 2 ** (len(self.channel_mult) - 1)
+        return self.patch_size * 2 ** (len(self.channel_mult) - 1)
 
 
 @dataclass(frozen=True)
