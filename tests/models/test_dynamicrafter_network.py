@@ -202,7 +202,6 @@ def test_the_kl_is_that_of_two_gaussians():
     torch.testing.assert_close(Posterior(mean, logvar).kl(), expected)
 
 
-@torch.no_grad()
 def test_a_patched_autoencoder_works_on_the_coarse_grid_and_trains():
     torch.manual_seed(0)
     cfg = AutoencoderConfig(channels=8, channel_mult=(1,), patch_size=8, num_res_blocks=1, norm_groups=2)
@@ -221,6 +220,7 @@ def test_a_patched_autoencoder_works_on_the_coarse_grid_and_trains():
     assert changed.max() <= 1
 
 
+@torch.no_grad()
 def test_decoding_in_chunks_changes_nothing(networks: Networks):
     latents = random(4, 3, 8, 8)
     whole = networks.autoencoder.from_latents(latents)
