@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -280,15 +281,20 @@ def command(out: Path, metric: str, limit: int) -> list[str]:
 
 
 def killed_runs_equal_an_undisturbed_one(tmp_path: Path, metric: str, kills: int, limit: int) -> None:
+    """Each kill comes a few clips further on, or while the plan is made or the clips are scored."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    start = time.monotonic()
     subprocess.run(command(tmp_path / "calm", metric, limit), check=True, capture_output=True, env=environment)
-    seconds = time.monotonic() - start
+    samples, record_file = tmp_path / "shaken" / "samples.jsonl", tmp_path / "shaken" / "record.json"
     dice = random.Random(0)
     killed = 0
+
+    def finished() -> int:
+        return len(samples.read_bytes().splitlines()) if samples.is_file() else 0
+
     for attempt in range(kills):
-        if attempt % 4 == 3:  # so that early, middle and late states are all met
-            subprocess.run(["rm", "-rf", str(tmp_path / "shaken")], check=True)
+        if record_file.is_file() or attempt % 7 == 6:
+            shutil.rmtree(tmp_path / "shaken")
+        target, delay = finished() + dice.randint(0, limit // 3), dice.choice([0, dice.uniform(0, 0.3)])
         process = subprocess.Popen(
             command(tmp_path / "shaken", metric, limit),
             stdout=subprocess.DEVNULL,
@@ -296,12 +302,13 @@ def killed_runs_equal_an_undisturbed_one(tmp_path: Path, metric: str, kills: int
             env=environment | {"DCBENCH_CACHE": str(tmp_path / f"cache{attempt // 4}")},
             start_new_session=True,
         )
-        try:
-            process.wait(dice.uniform(0.3, 1.0) * seconds)
-        except subprocess.TimeoutExpired:
+        while process.poll() is None and (finished() < target or not samples.parent.is_dir()):
+            time.sleep(0.005)
+        time.sleep(delay)
+        if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
             killed += 1
+        process.wait()
     assert killed >= kills // 2
     done = subprocess.run(command(tmp_path / "shaken", metric, limit), capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
