@@ -275,7 +275,7 @@ def sample(job: Job, options: Options) -> None:
     join_ranks()
     held = job.directory.locked() if rank() == 0 else contextlib.nullcontext()
     with held:
-        on_first_rank(job.directory.mend_samples)
+        on_first_rank(job.directory.mend)
         finished = job.directory.finished_samples()
         missing = [entry for entry in job.manifest if entry.id not in finished]
         if missing:

@@ -64,8 +64,10 @@ class RunDirectory:
         rows = {row["id"]: row for row in read_jsonl(self.samples, tolerate_torn_end=True) if "id" in row}
         return {clip_id: row for clip_id, row in rows.items() if self.clip(clip_id).is_file()}
 
-    def mend_samples(self) -> None:
-        """After a crash: drop a torn last line, so that the next line does not continue it."""
+    def mend(self) -> None:
+        """After a crash: remove half-written files and a torn last line, which the next would continue."""
+        for leftover in [*(self.path / "clips").glob(".*"), *self.path.glob(".*.json*-*")]:
+            leftover.unlink(missing_ok=True)
         if self.samples.is_file():
             text = self.samples.read_text(encoding="utf-8")
             if text and not text.endswith("\n"):

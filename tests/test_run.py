@@ -81,10 +81,13 @@ def test_a_torn_line_a_lost_clip_and_leftovers_are_mended(tmp_path, cheap_metric
     before = kept(tmp_path / "run")
     samples = tmp_path / "run" / "samples.jsonl"
     samples.write_text(samples.read_text()[:-20])  # killed while writing the last line
+    (tmp_path / "run" / "clips" / ".test-000001-abcd1234.mkv").touch()  # and while writing a clip
+    (tmp_path / "run" / ".record.json-abcd1234").touch()
     job.directory.clip(job.manifest[0].id).unlink()
     (tmp_path / "run" / "record.json").unlink()
     finish(make_job(tmp_path / "run"), cheap_metric)
     assert kept(tmp_path / "run") == before
+    assert not [path for path in (tmp_path / "run").rglob(".*-abcd1234*")]
 
 
 def test_a_changed_clip_is_named(tmp_path, cheap_metric):
