@@ -97,51 +97,77 @@ def pixels_sha256(clip: Tensor) -> str:
     return hashlib.sha256(header + clip.contiguous().numpy().tobytes()).hexdigest()
 
 
-def _read_pair(pair: Pair) -> tuple[Tensor | None, Tensor | None]:
-    return (
-        pair.reference() if pair.reference else None,
-        pair.generated() if pair.generated else None,
-    )
-
-
 def extractor_key(metric: SetMetric | ClipMetric) -> str:
     """An extractor's identity as one string: what shares features, and the first part of a cache key."""
     return record.digest(metric.extractor.identity, 32)
 
 
+@dataclass
+class Prepared:
+    """A pair as a worker hands it over: decoded, hashed, its features extracted."""
+
+    reference: Tensor | None
+    generated: Tensor | None
+    hashes: list[str]
+    features: list[dict[str, Tensor]]  # of [reference, generated], by extractor
+    error: UserError | None = None  # of an extractor; a clip that cannot be read is the worker's own UserError
+
+
 def extract(pairs: Sequence[Pair], metrics: Metrics, cache: FeatureCache | None) -> Iterator[Extracted]:
-    """One pass; yields after each pair what it gave (merge them)."""
+    """One pass; yields after each pair what it gave (merge them).
+
+    On a processor each core takes a pair of its own: faster than all cores on one clip, and features do not depend on
+    the number of cores.
+    """
     by_extractor = {extractor_key(metric): metric for metric in metrics.sets.values()}
-    for pair, got in zip(pairs, video.in_order(_read_pair, pairs, ahead=PREFETCH), strict=True):
-        out = Extracted()
-        if isinstance(got, UserError):
-            out.failures.append(record.Failure(id=pair.id, reason=str(got)))
-            yield out
-            continue
-        reference, generated = got
-        hashes = [pixels_sha256(clip) if clip is not None else "" for clip in (reference, generated)]
+    cores = torch.get_num_threads()
+
+    def prepare(pair: Pair) -> Prepared:
+        torch.set_num_threads(1)
+        clips = [read() if read else None for read in (pair.reference, pair.generated)]
+        hashes = [pixels_sha256(clip) if clip is not None else "" for clip in clips]
+        done = Prepared(clips[0], clips[1], hashes, [{}, {}])
         try:
             for key, metric in by_extractor.items():
-                for clip, pixels, side in (
-                    (reference, hashes[0], out.reference),
-                    (generated, hashes[1], out.generated),
-                ):
+                for clip, pixels, side in zip(clips, hashes, done.features, strict=True):
                     if clip is not None:
-                        side[key] = {pair.id: _features(metric, clip, f"{key}-{pixels}", cache)}
-            image = reference[pair.condition_frame] if reference is not None else None
-            for name, metric in metrics.clips.items():
-                if generated is not None:
-                    value = _values(metric, generated, image, pair.prompt, hashes[1], cache)
-                    out.values[name] = {pair.id: value}
-                if reference is not None and "reference" in metric.card.needs:
-                    value = _values(metric, reference, image, pair.prompt, hashes[0], cache)
-                    out.reference_values[name] = {pair.id: value}
+                        side[key] = _features(metric, clip, f"{key}-{pixels}", cache)
         except UserError as error:
-            raise UserError(f"clip {pair.id}: {error}") from error
-        out.pixels[pair.id] = hashes
-        if pair.group:
-            out.groups[pair.id] = pair.group
-        yield out
+            done.error = error
+        return done
+
+    try:
+        for pair, got in zip(pairs, video.in_order(prepare, pairs, cores, cores + PREFETCH), strict=True):
+            out = Extracted()
+            if isinstance(got, UserError):
+                out.failures.append(record.Failure(id=pair.id, reason=str(got)))
+            else:
+                _take(out, pair, got, metrics, cache)
+            yield out
+    finally:
+        torch.set_num_threads(cores)
+
+
+def _take(out: Extracted, pair: Pair, got: Prepared, metrics: Metrics, cache: FeatureCache | None) -> None:
+    """Put a prepared pair's features into `out`, and the values of the per-clip metrics."""
+    try:
+        if got.error:
+            raise got.error
+        for table, features in ((out.reference, got.features[0]), (out.generated, got.features[1])):
+            table.update({key: {pair.id: value} for key, value in features.items()})
+        image = got.reference[pair.condition_frame] if got.reference is not None else None
+        for name, metric in metrics.clips.items():
+            if got.generated is not None:
+                value = _values(metric, got.generated, image, pair.prompt, got.hashes[1], cache)
+                out.values[name] = {pair.id: value}
+            if got.reference is not None and "reference" in metric.card.needs:
+                value = _values(metric, got.reference, image, pair.prompt, got.hashes[0], cache)
+                out.reference_values[name] = {pair.id: value}
+    except UserError as error:
+        raise UserError(f"clip {pair.id}: {error}") from error
+    out.pixels[pair.id] = got.hashes
+    if pair.group:
+        out.groups[pair.id] = pair.group
 
 
 def _features(metric: SetMetric, clip: Tensor, key: str, cache: FeatureCache | None) -> Tensor:

@@ -41,6 +41,7 @@ BLOCKS = {
     "Mixed_5b": (256, 160, 320, 32, 128, 128),
     "Mixed_5c": (384, 192, 384, 48, 128, 128),
 }
+Triple = tuple[int, int, int]
 BRANCHES = {  # torch name -> name in the weight file
     "b0": "Branch_0/Conv3d_0a_1x1",
     "b1a": "Branch_1/Conv3d_0a_1x1",
@@ -51,13 +52,16 @@ BRANCHES = {  # torch name -> name in the weight file
 }
 
 
-def pad_same(x: Tensor, kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> Tensor:
-    """TensorFlow's SAME: as much zero padding as ceil(size / stride) outputs need, the odd one behind."""
-    pads: list[int] = []
-    for size, k, s in zip(reversed(x.shape[2:]), reversed(kernel), reversed(stride), strict=True):
-        total = max((-(-size // s) - 1) * s + k - size, 0)
-        pads += [total // 2, total - total // 2]
-    return F.pad(x, pads) if any(pads) else x
+def pad_same(x: Tensor, kernel: Triple, stride: Triple) -> tuple[Tensor, Triple]:
+    """TensorFlow's SAME: as much padding as ceil(size / stride) outputs need, the odd one behind.
+
+    Returns (x, padding): what is even on both sides is left to the layer, which need not copy x for it.
+    """
+    totals = [max((-(-n // s) - 1) * s + k - n, 0) for n, k, s in zip(x.shape[2:], kernel, stride, strict=True)]
+    if all(total % 2 == 0 for total in totals):
+        return x, (totals[0] // 2, totals[1] // 2, totals[2] // 2)
+    pads = [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
+    return F.pad(x, pads), (0, 0, 0)
 
 
 class Unit3D(nn.Module):
@@ -70,19 +74,27 @@ class Unit3D(nn.Module):
         self.bn = None if plain else nn.BatchNorm3d(outputs, eps=1e-3)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv3d(pad_same(x, self.kernel, self.stride))
-        return x if self.bn is None else F.relu(self.bn(x))
+        x, padding = pad_same(x, self.kernel, self.stride)
+        if self.bn is None:
+            return F.conv3d(x, self.conv3d.weight, self.conv3d.bias, self.stride, padding)
+        # Batch norm in eval mode is a scale and a shift: folded into the kernel, a pass over the activations is saved.
+        mean, variance = self.bn.running_mean, self.bn.running_var
+        assert mean is not None and variance is not None
+        scale = self.bn.weight * (variance + self.bn.eps).rsqrt()
+        shift = self.bn.bias - mean * scale
+        return F.conv3d(x, self.conv3d.weight * scale.view(-1, 1, 1, 1, 1), shift, self.stride, padding).relu_()
 
 
 class MaxPool(nn.Module):
     """Max pool with SAME padding. Its inputs follow a ReLU, so padding with zeros equals padding with -infinity."""
 
-    def __init__(self, kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> None:
+    def __init__(self, kernel: Triple, stride: Triple) -> None:
         super().__init__()
         self.kernel, self.stride = kernel, stride
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.max_pool3d(pad_same(x, self.kernel, self.stride), self.kernel, self.stride)
+        x, padding = pad_same(x, self.kernel, self.stride)
+        return F.max_pool3d(x, self.kernel, self.stride, padding)
 
 
 class Inception(nn.Module):

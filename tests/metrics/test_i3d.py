@@ -67,7 +67,9 @@ def test_the_converted_copy_is_used_and_holds_the_same(i3d: I3DExtractor, monkey
     [(224, 7, 2, 2, 3), (16, 2, 2, 0, 0), (9, 3, 2, 1, 1), (112, 3, 2, 0, 1)],
 )
 def test_same_padding_is_tensorflows(size: int, kernel: int, stride: int, before: int, after: int) -> None:
-    padded = pad_same(torch.ones(1, 1, size, 1, 1), (kernel, 1, 1), (stride, 1, 1))[0, 0, :, 0, 0]
+    x, left = pad_same(torch.ones(1, 1, size, 1, 1), (kernel, 1, 1), (stride, 1, 1))
+    assert left == (before if before == after else 0, 0, 0)  # what the layer pads itself
+    padded = torch.nn.functional.pad(x[0, 0, :, 0, 0], (left[0], left[0]))
     zeros = (padded == 0).nonzero().flatten().tolist()
     assert len(padded) == size + before + after
     assert zeros == [*range(before), *range(before + size, before + size + after)]
