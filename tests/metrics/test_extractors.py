@@ -96,3 +96,13 @@ def test_identity_names_what_changes_the_numbers(i3d: I3DExtractor) -> None:
         "weights_sha256": "99281fd6f3c3a06dea2b6e539ca6ae59313b1b7a045ee8ca20bd2f49f1608e15",
         "preprocessing": "squash",
     }
+
+
+def test_trap_05_the_range_and_the_least_number_of_frames_are_the_extractor_s_own(i3d: I3DExtractor) -> None:
+    clips = (
+        torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 1, 1, 2).expand(1, 9, 3, 224, 2).repeat(1, 1, 1, 1, 112)
+    )
+    prepared = i3d.prepare(clips)
+    assert (float(prepared.min()), float(prepared.max())) == (-1, 1)
+    with pytest.raises(UserError, match="at least 9 frames, got 8"):
+        i3d(clips[:, :8])

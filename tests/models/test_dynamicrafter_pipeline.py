@@ -69,7 +69,7 @@ def test_every_condition_matters(card: ModelCard, networks: Networks, request_of
     assert far(model.generate([request_of()])[0], model.generate([request_of(**{change: other})])[0]) > 1
 
 
-def test_fps_and_frame_stride_are_two_things(card: ModelCard, networks: Networks, request_of: RequestOf):
+def test_trap_09_fps_and_frame_stride_are_two_things(card: ModelCard, networks: Networks, request_of: RequestOf):
     model = build(card, networks)
     assert model.fs(request_of(fps=24.0, frame_stride=2)) == 2
     assert model.fs(request_of(frame_stride=None)) == 3
