@@ -5,7 +5,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dcbench.metrics.base import ClipMetric, FeatureExtractor, Score, SetMetric
     from dcbench.metrics.extractors import I3DExtractor
-    from dcbench.metrics.stateful import FrechetVideoDistance, KernelVideoDistance
+    from dcbench.metrics.stateful import (
+        ClipSimilarity,
+        FrechetVideoDistance,
+        KernelVideoDistance,
+        Motion,
+        PerceptualInputConformity,
+    )
 
 _WHERE = {
     "ClipMetric": "base",
@@ -14,14 +20,20 @@ _WHERE = {
     "SetMetric": "base",
     "FrechetVideoDistance": "stateful",
     "KernelVideoDistance": "stateful",
+    "PerceptualInputConformity": "stateful",
+    "ClipSimilarity": "stateful",
+    "Motion": "stateful",
     "I3DExtractor": "extractors",
 }
 __all__ = [
     "ClipMetric",
+    "ClipSimilarity",
     "FeatureExtractor",
     "FrechetVideoDistance",
     "I3DExtractor",
     "KernelVideoDistance",
+    "Motion",
+    "PerceptualInputConformity",
     "Score",
     "SetMetric",
 ]

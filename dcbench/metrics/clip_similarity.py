@@ -91,7 +91,7 @@ class CLIPEncoder(FeatureExtractor):
         return self._texts[prompt]
 
 
-class ClipSimilarity(PerClipMetric):
+class SimilarityMetric(PerClipMetric):
     """One of the three similarities; values are cosines in [-1, 1], printed in papers as 0.2 to 0.3 for text."""
 
     def __init__(self, card: MetricCard, extractor: CLIPEncoder, kind: Kind) -> None:
@@ -127,7 +127,7 @@ def _shared(model: str, path: Path, device: str) -> CLIPEncoder:
     return CLIPEncoder(model, path, device)
 
 
-def build(card: MetricCard, runtime: Any) -> ClipSimilarity:
+def build(card: MetricCard, runtime: Any) -> SimilarityMetric:
     """Entry point of the three cards; options: kind, model, checkpoint (a file; "" = the card's weights)."""
     kind = card.options.get("kind")
     if kind not in ("text", "frames", "image"):
@@ -136,4 +136,4 @@ def build(card: MetricCard, runtime: Any) -> ClipSimilarity:
     path = Path(given).expanduser() if given else fetch(card.weights[0], runtime.offline)
     if not path.is_file():
         raise UserError(f"{card.name}: no such checkpoint: {path}")
-    return ClipSimilarity(card, _shared(card.options.get("model", "ViT-B-32-quickgelu"), path, runtime.device), kind)
+    return SimilarityMetric(card, _shared(card.options.get("model", "ViT-B-32-quickgelu"), path, runtime.device), kind)

@@ -153,7 +153,7 @@ def _unit(image: Image.Image) -> Tensor:
     return to_tensor(image)
 
 
-class PerceptualInputConformity(PerClipMetric):
+class ConformityMetric(PerClipMetric):
     """PIC of each clip, with its curve over the frames.
 
     Frame 0 counts, as in the paper; the mean without it stands beside ("without_first"). 1 = every frame looks like the
@@ -189,7 +189,7 @@ def _shared(kind: str, folder: Path, dino: Path | None, device: str) -> DreamSim
     return DreamSimEmbedder(kind, folder, dino, device)
 
 
-def build(card: MetricCard, runtime: Any) -> PerceptualInputConformity:
+def build(card: MetricCard, runtime: Any) -> ConformityMetric:
     """Entry point of the `pic` card; options: dreamsim_type."""
     kind = card.options.get("dreamsim_type", "ensemble")
     if kind not in REQUIRED:
@@ -199,4 +199,4 @@ def build(card: MetricCard, runtime: Any) -> PerceptualInputConformity:
         )
     dino = fetch(DINO, runtime.offline) if kind in ("ensemble", "dino_vitb16") else None
     folder = dreamsim_folder(kind, card.weights, runtime.offline)
-    return PerceptualInputConformity(card, _shared(kind, folder, dino, runtime.device))
+    return ConformityMetric(card, _shared(kind, folder, dino, runtime.device))

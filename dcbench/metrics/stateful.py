@@ -1,25 +1,32 @@
-"""FVD and KVD as `torchmetrics.Metric`, for a training loop or a notebook.
+"""The metrics as `torchmetrics.Metric`, for a training loop or a notebook.
 
     fvd = FrechetVideoDistance()
     fvd.update(real_clips, real=True)        # uint8 [b, t, 3, h, w]
     fvd.update(generated_clips, real=False)
     print(fvd.compute(), fvd.compute_with_interval().ci95)
 
+    pic = PerceptualInputConformity()
+    pic.update(generated_clips, images=images)  # uint8 [b, 3, h, w]
+
 The runner does not need this module, whose import of torchmetrics takes ten seconds.
 """
 
 import warnings
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from dcbench.catalogue import MetricCard, find_metric, load_entry_point
 from dcbench.errors import UserError
 from dcbench.metrics import functional as fn
-from dcbench.metrics.base import FeatureExtractor, Score
+from dcbench.metrics.base import ClipMetric, FeatureExtractor, Score
 from dcbench.metrics.distances import score_frechet, score_kernel
 from dcbench.metrics.extractors import Preprocessing, i3d_extractor
+from dcbench.metrics.per_clip import score_values
+from dcbench.models.base import Runtime
 
 
 class _SetMetric(Metric):
@@ -151,3 +158,115 @@ class KernelVideoDistance(_SetMetric):
 
     def _score(self, interval: bool) -> Score:
         return score_kernel(*self._sets(), kernel=self.kernel, interval=interval)
+
+
+class _ClipMean(Metric):
+    """State of a per-clip metric: the value of every clip, in float64; gathered from all processes before `compute`."""
+
+    higher_is_better = True
+    is_differentiable = False
+    full_state_update = False
+    values: list[Tensor]
+
+    def __init__(self, card: MetricCard, download: bool, metric: ClipMetric | None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._card, self._download, self._metric = card, download, metric
+        self.add_state("values", [], dist_reduce_fx=_join)
+
+    @property
+    def metric(self) -> ClipMetric:
+        """What computes a clip's values; its network is loaded when it is first needed."""
+        if self._metric is None:
+            runtime = Runtime(str(self.device), offline=not self._download)
+            self._metric = load_entry_point(self._card)(self._card, runtime)
+        return self._metric
+
+    def update(
+        self, clips: Sequence[Tensor] | Tensor, images: Tensor | None = None, prompts: Sequence[str] | None = None
+    ) -> None:
+        """Clips uint8 [b, t, 3, h, w], or b of [t, 3, h, w]; `images` uint8 [b, 3, h, w] or `prompts` where needed."""
+        rows = self.metric.extract(list(clips), None if images is None else list(images), prompts)
+        self.values.append(torch.tensor([row["value"] for row in rows], dtype=torch.float64, device=self.device))
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """One tensor a process, as for the set metrics."""
+        self.values = [self._joined()]
+        super().sync(*args, **kwargs)
+
+    def _joined(self) -> Tensor:
+        return torch.cat(list(self.values)) if len(self.values) else torch.zeros(0, dtype=torch.float64)
+
+    def compute(self) -> Tensor:
+        """Mean over clips as a float64 scalar."""
+        return torch.tensor(self._score().value, dtype=torch.float64)
+
+    def compute_with_interval(self) -> Score:
+        """The mean with its 95 % interval (BCa bootstrap over clips, each taken as a video of its own)."""
+        with self.sync_context(
+            dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync, should_unsync=self._should_unsync
+        ):
+            return self._score()
+
+    def _score(self) -> Score:
+        values = self.values if isinstance(self.values, Tensor) else self._joined()
+        return score_values([{"value": value} for value in values.sort().values.tolist()])
+
+
+class PerceptualInputConformity(_ClipMean):
+    """PIC (DynamiCrafter, arXiv 2310.12190, §4): mean over frames, the first too, of 1 - DreamSim(image, frame).
+
+    Args:
+        dreamsim_type: "ensemble", "dino_vitb16", "open_clip_vitb32", "clip_vitb32" or "synclr_vitb16".
+        download: fetch weights that are not there; else they are an error that names the command.
+        metric: an own `dcbench.metrics.pic.ConformityMetric` in place of both.
+
+    `update(clips, images=...)`.
+    """
+
+    def __init__(
+        self, dreamsim_type: str = "ensemble", download: bool = False, metric: ClipMetric | None = None, **kwargs: Any
+    ) -> None:
+        card = find_metric("pic")
+        card = card.model_copy(update={"options": {**card.options, "dreamsim_type": dreamsim_type}})
+        super().__init__(card, download, metric, **kwargs)
+
+
+class ClipSimilarity(_ClipMean):
+    """Cosine of CLIP embeddings, by open_clip: not x100, not clamped.
+
+    Args:
+        kind: "text" (prompt and frame; `update(clips, prompts=...)`), "frames" (consecutive frames), "image" (input
+            image and frame; `update(clips, images=...)`).
+        model: an open_clip name, or the path of a JSON description; OpenAI's weights need "...-quickgelu".
+        checkpoint: a file of weights; "" = OpenAI's ViT-B/32.
+        download, metric: as for `PerceptualInputConformity`.
+    """
+
+    def __init__(
+        self,
+        kind: Literal["text", "frames", "image"] = "text",
+        model: str = "ViT-B-32-quickgelu",
+        checkpoint: str = "",
+        download: bool = False,
+        metric: ClipMetric | None = None,
+        **kwargs: Any,
+    ) -> None:
+        card = find_metric(f"clip_{kind}")
+        options = {**card.options, "model": model, "checkpoint": checkpoint}
+        super().__init__(card.model_copy(update={"options": options}), download, metric, **kwargs)
+
+
+class Motion(_ClipMean):
+    """Mean length of the optical flow between consecutive frames, in pixels of a frame whose short side is 256.
+
+    Example:
+        >>> import torch
+        >>> from dcbench.metrics import Motion
+        >>> motion = Motion()
+        >>> motion.update(torch.full((2, 9, 3, 64, 64), 128, dtype=torch.uint8))
+        >>> float(motion.compute())  # nothing moves
+        0.0
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(find_metric("motion"), download=False, metric=None, **kwargs)

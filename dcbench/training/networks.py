@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dcbench import clips
-from dcbench.models.dynamicrafter.conditioning import preprocess, tokenize
+from dcbench.models.dynamicrafter.conditioning import encode_text, preprocess, tokenize
 from dcbench.models.dynamicrafter.config import Config
 from dcbench.models.dynamicrafter.networks import Networks
 from dcbench.training.data import Batch
@@ -36,8 +36,28 @@ def freeze(networks: Networks) -> Networks:
     return networks.eval().requires_grad_(False)
 
 
+@torch.no_grad()
+def normalise_latents(networks: Networks, latents: Tensor) -> None:
+    """Give each channel mean 0 and variance 1 over samples of the posterior [n, c, h, w]; frames stay as they are.
+
+    The shift and scale go into the 1x1 convolutions on both sides of the latents, so that the scale factor is 1. One
+    factor for all channels, as Stable Diffusion has it, left channels of a tiny autoencoder at a fifth of the noise.
+    """
+    autoencoder = networks.autoencoder
+    into, out = autoencoder.quant_conv, autoencoder.post_quant_conv
+    assert into.bias is not None and out.bias is not None
+    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3)).clamp(min=1e-6)
+    channels = len(mean)
+    out.bias += (out.weight[:, :, 0, 0] * mean).sum(1)
+    out.weight *= std[:, None, None]
+    into.bias[:channels] = (into.bias[:channels] - mean) / std
+    into.weight[:channels] /= std[:, None, None, None]
+    into.bias[channels:] -= 2 * std.log()  # the posterior's log-variance
+    set_scale_factor(networks, 1.0)
+
+
 def set_scale_factor(networks: Networks, scale_factor: float) -> None:
-    """The number that latents are multiplied by; measured after the autoencoder's training."""
+    """The number that latents are multiplied by."""
     autoencoder = replace(networks.cfg.autoencoder, scale_factor=scale_factor)
     networks.cfg = replace(networks.cfg, autoencoder=autoencoder)
     networks.autoencoder.cfg = autoencoder
@@ -86,10 +106,6 @@ class PooledClip(nn.Module):
         """uint8 [b, 3, h, w], b captions -> image features [b, d], text features [b, d], scale of their products."""
         images = self.image(preprocess(clips.to_float(frames), self.cfg.image_size))
         tokens = tokenize(captions, self.cfg).to(frames.device)
-        text, length = self.text, tokens.shape[1]
-        x = text.token_embedding(tokens) + text.positional_embedding[:length]
-        mask = torch.full((length, length), float("-inf"), dtype=x.dtype, device=x.device).triu(1)
-        for block in text.transformer.resblocks:
-            x = block(x, attn_mask=mask)
-        last = text.ln_final(x)[torch.arange(len(x)), tokens.argmax(-1)]  # the end mark has the highest number
-        return images, last @ text.text_projection, text.logit_scale.exp().clamp(max=100)
+        every = encode_text(self.text, tokens, skip=0)
+        last = every[torch.arange(len(every)), tokens.argmax(-1)]  # the end mark has the highest number
+        return images, last @ self.text.text_projection, self.text.logit_scale.exp().clamp(max=100)

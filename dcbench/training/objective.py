@@ -92,6 +92,15 @@ class Conditions:
     drop_image: float = 0.05  # the context's image becomes grey; the concatenated latents stay
     drop_both: float = 0.05
     drop_vdg: float = 0.0  # not in the paper: hides the concatenated latents, so that the context is needed
+    time_shift: float = 1.0  # not in the paper: > 1 draws more of the noisy steps, where motion is decided
+
+
+def draw_times(size: int, num_timesteps: int, shift: float, rng: torch.Generator) -> Tensor:
+    """int64 [size] time steps; uniform u becomes shift * u / (1 + (shift - 1) * u) (Esser et al. 2024, eq. 23)."""
+    if shift == 1:
+        return torch.randint(num_timesteps, (size,), generator=rng)
+    u = torch.rand(size, generator=rng, dtype=torch.float64)
+    return (num_timesteps * shift * u / (1 + (shift - 1) * u)).long().clamp(max=num_timesteps - 1)
 
 
 class DiffusionTask(Task):
@@ -127,6 +136,11 @@ class DiffusionTask(Task):
                 gate = name.endswith("attn2.alpha")
                 parameter.requires_grad_(role in roles and used and not (gate and fixed_image_scale))
 
+    def matrices(self) -> set[str]:
+        """Without the first and last convolution and the embeddings of time, which are not between hidden layers."""
+        ends = ("unet.input_blocks.0.0.", "unet.out.", "unet.time_embed.", "unet.fps_embedding.")
+        return {name for name in super().matrices() if not name.startswith(ends) and ".emb_layers." not in name}
+
     def context(self, batch: Batch, index: Tensor, rng: torch.Generator, swap: Collection[str] = ()) -> Tensor:
         """Text tokens, and those of each clip's condition frame [b] behind them, with conditions dropped."""
         c, networks, size = self.conditions, self.networks, len(batch)
@@ -152,9 +166,9 @@ class DiffusionTask(Task):
         return torch.cat([text, image], dim=1)
 
     def forward(self, batch_size: int, rng: torch.Generator) -> dict[str, Tensor]:
-        """One time step for each clip, uniform; one condition frame for each clip."""
+        """One time step for each clip; one condition frame for each clip."""
         batch = self.pool.random_batch(batch_size, rng)
-        times = torch.randint(self.networks.cfg.diffusion.num_timesteps, (batch_size,), generator=rng)
+        times = draw_times(batch_size, self.networks.cfg.diffusion.num_timesteps, self.conditions.time_shift, rng)
         return self.loss(batch, times, rng)
 
     def loss(self, batch: Batch, times: Tensor, rng: torch.Generator, swap: Collection[str] = ()) -> dict[str, Tensor]:

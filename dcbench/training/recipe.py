@@ -49,6 +49,7 @@ class Stage(Facts):
     steps: int = Field(ge=1)
     batch_size: int = Field(ge=1)
     lr: float = Field(gt=0)
+    muon_lr: float = Field(0.0, ge=0)
     final_lr: float | None = None
     warmup: int = 0
     weight_decay: float = 0.0
@@ -68,6 +69,7 @@ class Stage(Facts):
     drop_image: float = 0.05
     drop_both: float = 0.05
     drop_vdg: float = 0.0
+    time_shift: float = Field(1.0, gt=0)
     single_frames: bool = False
     fixed_image_scale: bool = False
     min_snr: float = 0.0

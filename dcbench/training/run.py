@@ -21,7 +21,7 @@ from dcbench.models.dynamicrafter.networks import Networks
 from dcbench.seeding import clip_seed
 from dcbench.training.data import CachedPool, ClipPool
 from dcbench.training.loop import Process, Task, fit, plot_log, process_group
-from dcbench.training.networks import build, freeze, save, set_scale_factor
+from dcbench.training.networks import build, freeze, normalise_latents, save, set_scale_factor
 from dcbench.training.objective import AutoencoderTask, ContrastiveTask, DiffusionTask, Pool
 from dcbench.training.recipe import Recipe, Stage, Start
 from dcbench.training.start import begin, copy_text_keys
@@ -76,7 +76,7 @@ def run(
                 return False
             freeze(networks)
             if stage.objective == "autoencoder":
-                set_scale_factor(networks, measure_scale(networks, pools.plain()))
+                normalise_latents(networks, sample_latents(networks, pools.plain()))
             if process.first:
                 _save_stage(networks, done, stage)
                 logs = {
@@ -177,16 +177,17 @@ class _Pools:
 
 
 @torch.no_grad()
-def measure_scale(networks: Networks, pool: Pool) -> float:
-    """1 / standard deviation of the latents of 1024 frames, so that scaled latents have unit variance."""
+def sample_latents(networks: Networks, pool: Pool) -> Tensor:
+    """Samples of the posterior of 1024 frames, one of each of as many clips: [1024, c, h / f, w / f]."""
     rng = torch.Generator().manual_seed(0)
     device = next(networks.autoencoder.parameters()).device
-    means = []
+    latents = []
     for _ in range(16):
         frames = pool.random_batch(64, rng).frames
         pick = torch.randint(frames.shape[1], (64,), generator=rng)
-        means.append(networks.autoencoder.encode(clips.to_float(frames[torch.arange(64), pick]).to(device)).mean)
-    return round(1 / float(torch.cat(means).std()), 4)
+        posterior = networks.autoencoder.encode(clips.to_float(frames[torch.arange(64), pick]).to(device))
+        latents.append(posterior.sample(torch.randn(posterior.mean.shape, generator=rng).to(device)))
+    return torch.cat(latents)
 
 
 def _save_stage(networks: Networks, path: Path, stage: Stage) -> None:

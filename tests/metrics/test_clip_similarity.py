@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dcbench.catalogue import MetricCard, find_metric, load_entry_point
 from dcbench.errors import UserError
+from dcbench.metrics import ClipSimilarity
 from dcbench.metrics.base import ClipMetric
 from dcbench.metrics.clip_similarity import CLIPEncoder, load_clip
 from dcbench.metrics.per_clip import to_pil
@@ -43,6 +44,16 @@ def metric_of(name: str, options: dict[str, Any]) -> ClipMetric:
     card: MetricCard = find_metric(name)
     card = card.model_copy(update={"options": card.options | options})
     return load_entry_point(card)(card, Runtime(offline=True))
+
+
+def test_as_a_torchmetrics_class(tiny: dict[str, str], moving_clip: Tensor) -> None:
+    clips, prompts = torch.stack([moving_clip[:3], moving_clip[4:7]]), ["left", "a texture moves"]
+    for kind, given in (("text", {"prompts": prompts}), ("frames", {}), ("image", {"images": clips[:, 2]})):
+        similarity = ClipSimilarity(kind, **tiny)  # type: ignore[arg-type]
+        similarity.update(clips, **given)
+        metric = metric_of(f"clip_{kind}", tiny)
+        rows = metric.extract(list(clips), list(clips[:, 2]), prompts)
+        assert float(similarity.compute()) == pytest.approx(sum(row["value"] for row in rows) / 2, abs=1e-7)
 
 
 def slow_cosine(a: Tensor, b: Tensor) -> float:

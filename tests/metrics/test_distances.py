@@ -77,7 +77,7 @@ WORKER = """
 import json, multiprocessing, sys, warnings
 from pathlib import Path
 import torch, torch.distributed as dist
-from dcbench.metrics import FrechetVideoDistance, KernelVideoDistance
+from dcbench.metrics import FrechetVideoDistance, KernelVideoDistance, Motion
 
 SHARES = {1: [(0, 50)], 2: [(0, 13), (13, 50)], 3: [(0, 20), (20, 50), (50, 50)]}  # the last of three gets none
 
@@ -97,6 +97,12 @@ def work(rank, world, folder):
         score = metric.compute_with_interval()
         out.append([score.value, score.ci95, score.n_reference, score.n_generated, float(metric.compute())])
         assert sum(len(part) for part in metric.real_features) == high - low  # its own clips only, again
+    clips = torch.randint(0, 256, (10, 2, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    motion = Motion()
+    if high > low:
+        motion.update(clips[low // 5 : high // 5])
+    score = motion.compute_with_interval()
+    out.append([score.value, score.ci95, score.n_generated, float(motion.compute())])
     if rank == 0:
         Path(folder, f"{world}.json").write_text(json.dumps(out))
     dist.destroy_process_group()

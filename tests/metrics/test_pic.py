@@ -15,9 +15,9 @@ from torch import Tensor
 
 from dcbench.catalogue import find_metric, load_entry_point
 from dcbench.errors import UserError
-from dcbench.metrics import pic
+from dcbench.metrics import PerceptualInputConformity, pic
 from dcbench.metrics.per_clip import to_pil
-from dcbench.metrics.pic import DreamSimEmbedder, PerceptualInputConformity, dreamsim_folder
+from dcbench.metrics.pic import ConformityMetric, DreamSimEmbedder, dreamsim_folder
 from dcbench.models.base import Runtime
 from dcbench.weights import MissingWeights, weights_dir
 
@@ -54,8 +54,8 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def metric(stored: Path) -> PerceptualInputConformity:
-    return PerceptualInputConformity(find_metric("pic"), DreamSimEmbedder("open_clip_vitb32", stored))
+def metric(stored: Path) -> ConformityMetric:
+    return ConformityMetric(find_metric("pic"), DreamSimEmbedder("open_clip_vitb32", stored))
 
 
 def direct(folder: Path, kind: str, image: Tensor, clip: Tensor) -> list[float]:
@@ -67,7 +67,7 @@ def direct(folder: Path, kind: str, image: Tensor, clip: Tensor) -> list[float]:
         return [1 - float(network(preprocess(to_pil(image)), preprocess(to_pil(frame)))) for frame in clip]
 
 
-def test_equals_the_papers_equation(metric: PerceptualInputConformity, stored: Path, moving_clip: Tensor) -> None:
+def test_equals_the_papers_equation(metric: ConformityMetric, stored: Path, moving_clip: Tensor) -> None:
     """Measured: 2e-7."""
     image, clip = moving_clip[0], moving_clip[:5]
     expected = direct(stored, "open_clip_vitb32", image, clip)
@@ -78,13 +78,34 @@ def test_equals_the_papers_equation(metric: PerceptualInputConformity, stored: P
     assert row["per_frame"][0] == 1 and row["per_frame"][4] < 1
 
 
-def test_identical_frames_give_exactly_one(metric: PerceptualInputConformity, moving_clip: Tensor) -> None:
+def test_as_a_torchmetrics_class(metric: ConformityMetric, moving_clip: Tensor) -> None:
+    """Two updates give what the runner's metric gives for all clips; without images it says what is missing."""
+    clips = torch.stack([moving_clip[:3], moving_clip[4:7].flip(2), moving_clip[5:8]])
+    images = torch.stack([moving_clip[0], moving_clip[9], moving_clip[5]])
+    mean = PerceptualInputConformity(metric=metric)
+    mean.update(clips[:1], images=images[:1])
+    mean.update(clips[1:], images=images[1:])
+    expected = metric.score(metric.extract(list(clips), list(images)))
+    found = mean.compute_with_interval()
+    assert float(mean.compute()) == found.value == pytest.approx(expected.value, abs=1e-12)
+    assert found.n_generated == 3 and found.ci95 is not None
+    with pytest.raises(UserError, match="needs one image"):
+        mean.update(clips)
+
+
+def test_the_class_says_how_to_get_its_weights(moving_clip: Tensor) -> None:
+    mean = PerceptualInputConformity("clip_vitb32")
+    with pytest.raises(MissingWeights, match="dreamsim-clip_vitb32"):
+        mean.update(moving_clip[None, :3], images=moving_clip[None, 0])
+
+
+def test_identical_frames_give_exactly_one(metric: ConformityMetric, moving_clip: Tensor) -> None:
     image = moving_clip[3]
     row = metric.extract([image.repeat(6, 1, 1, 1)], [image])[0]
     assert row["value"] == 1 and row["without_first"] == 1 and row["per_frame"] == [1.0] * 6
 
 
-def test_the_image_is_the_first_argument(metric: PerceptualInputConformity, moving_clip: Tensor) -> None:
+def test_the_image_is_the_first_argument(metric: ConformityMetric, moving_clip: Tensor) -> None:
     """Swapping two images between two clips must change both values."""
     clips = [moving_clip[:2], moving_clip[:2].flip(3)]
     right = metric.extract(clips, [clip[0] for clip in clips])
@@ -92,7 +113,7 @@ def test_the_image_is_the_first_argument(metric: PerceptualInputConformity, movi
     assert all(r["value"] > w["value"] for r, w in zip(right, wrong, strict=True))
 
 
-def test_batches_and_neighbours_do_not_matter(metric: PerceptualInputConformity, moving_clip: Tensor) -> None:
+def test_batches_and_neighbours_do_not_matter(metric: ConformityMetric, moving_clip: Tensor) -> None:
     clips = [moving_clip[:2], moving_clip[4:7].flip(2)]
     images = [moving_clip[0], moving_clip[9]]
     together = metric.extract(clips, images)
@@ -103,7 +124,7 @@ def test_batches_and_neighbours_do_not_matter(metric: PerceptualInputConformity,
 
 
 def test_one_embedding_a_picture(
-    metric: PerceptualInputConformity, moving_clip: Tensor, monkeypatch: pytest.MonkeyPatch
+    metric: ConformityMetric, moving_clip: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     embedded: list[int] = []
     embed: Callable[[Tensor], Tensor] = metric.extractor.network.embed
@@ -113,7 +134,7 @@ def test_one_embedding_a_picture(
 
 
 def test_nothing_is_left_behind(
-    metric: PerceptualInputConformity, stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    metric: ConformityMetric, stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """No write to the working directory, no chatter, torch.hub and torch.load as they were."""
@@ -126,7 +147,7 @@ def test_nothing_is_left_behind(
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
 
 
-def test_the_hash_is_of_every_weight(stored: Path, metric: PerceptualInputConformity, tmp_path: Path) -> None:
+def test_the_hash_is_of_every_weight(stored: Path, metric: ConformityMetric, tmp_path: Path) -> None:
     """The projection behind the tower lies in no state dict of the network, and must count too."""
     for path in stored.iterdir():
         (tmp_path / path.name).symlink_to(path)
@@ -152,9 +173,7 @@ def test_the_ensemble_runs_without_torch_hub(tmp_path: Path, moving_clip: Tensor
     torch.save(vit_base(patch_size=16, num_classes=0).state_dict(), tmp_path / "dino.pth")
     with pic._kept_local(tmp_path / "dino.pth"):
         store_lora(tmp_path, "ensemble", "ensemble")
-    metric = PerceptualInputConformity(
-        find_metric("pic"), DreamSimEmbedder("ensemble", tmp_path, tmp_path / "dino.pth")
-    )
+    metric = ConformityMetric(find_metric("pic"), DreamSimEmbedder("ensemble", tmp_path, tmp_path / "dino.pth"))
     row = metric.extract([moving_clip[:3]], [moving_clip[0]])[0]
     with pic._kept_local(tmp_path / "dino.pth"):
         expected = direct(tmp_path, "ensemble", moving_clip[0], moving_clip[:3])
@@ -211,7 +230,7 @@ def test_damaged_weights_are_named(stored: Path, tmp_path: Path) -> None:
         DreamSimEmbedder("open_clip_vitb32", tmp_path)
 
 
-def test_a_missing_image_is_an_error(metric: PerceptualInputConformity, moving_clip: Tensor) -> None:
+def test_a_missing_image_is_an_error(metric: ConformityMetric, moving_clip: Tensor) -> None:
     with pytest.raises(UserError, match="PIC needs one image for each of the 1 clips; got 0"):
         metric.extract([moving_clip], None)
     with pytest.raises(ValueError, match=r"PIC: clip: got uint8 \[16, 1, 64, 80\]"):

@@ -63,12 +63,12 @@ def tokenize(prompts: Sequence[str], cfg: ClipConfig) -> Tensor:
     return numbers[tokens]
 
 
-def encode_text(clip: Any, tokens: Tensor) -> Tensor:
-    """Tokens [b, n] -> [b, n, width]: every layer but the last, then the final norm."""
+def encode_text(clip: Any, tokens: Tensor, skip: int = 1) -> Tensor:
+    """Tokens [b, n] -> [b, n, width]: every layer but the last `skip`, then the final norm."""
     length = tokens.shape[1]
     x = clip.token_embedding(tokens) + clip.positional_embedding[:length]
     mask = torch.full((length, length), float("-inf"), dtype=x.dtype, device=x.device).triu(1)
-    for block in clip.transformer.resblocks[:-1]:
+    for block in clip.transformer.resblocks[: len(clip.transformer.resblocks) - skip]:
         x = block(x, attn_mask=mask)
     return clip.ln_final(x)
 
