@@ -96,13 +96,14 @@ def doctor_protocol(
     run: Annotated[Path, typer.Argument(help="A finished run.")],
     only: Annotated[list[str] | None, typer.Option("--only", help="This choice alone; repeatable.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=4, help="At most so many clips.")] = None,
+    i3d: Annotated[list[Path] | None, typer.Option("--i3d", help="Another file of I3D's weights; repeatable.")] = None,
 ) -> None:
     """Why two numbers differ: score the same clips under the other common choices, one at a time."""
     from dcbench.analysis.sensitivity import measure
     from dcbench.record import write_text
     from dcbench.run import Options
 
-    text = measure(run, Options(), only, limit).markdown()
+    text = measure(run, Options(), only, limit, i3d or ()).markdown()
     write_text(run / "report" / "sensitivity.md", text)
     print(f"{text}\nreport: {run / 'report' / 'sensitivity.md'}")
 

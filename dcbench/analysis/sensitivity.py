@@ -136,6 +136,17 @@ def at_fps(fps: float) -> Source:
     return read
 
 
+def first_videos(job: run.Job) -> Source:
+    """In place of each clip's own reference one of the dataset's first videos in sorted order, from its first frame."""
+    others = dict(zip((entry.id for entry in job.manifest), sorted(job.items), strict=False))
+
+    def read(job: run.Job, entry: ManifestItem) -> Tensor:
+        clip, _ = video.read(job.items[others[entry.id]].video, [frame - entry.frames[0] for frame in entry.frames])
+        return run.to_protocol_size(clip, job.protocol)
+
+    return read
+
+
 def by_decoder(name: str) -> Source:
     def read(job: run.Job, entry: ManifestItem) -> Tensor:
         item = job.items[entry.id]
@@ -157,8 +168,8 @@ def through_mp4(job: run.Job, entry: ManifestItem) -> Tensor:
 # The choices -------------------------------------------------------------------------------------------------------
 
 
-def choices(job: run.Job, base: I3DExtractor) -> list[Choice]:
-    """Every choice that makes sense for this run."""
+def choices(job: run.Job, base: I3DExtractor, i3d: Sequence[Path] = ()) -> list[Choice]:
+    """Every choice that makes sense for this run; `i3d`: other files of the network's weights."""
     p, device = job.protocol, str(next(base.network.parameters()).device)
     own: tuple[Source, Source] = (own_reference, own_generated)
     shown = {
@@ -182,6 +193,13 @@ def choices(job: run.Job, base: I3DExtractor) -> list[Choice]:
     if not is_torchscript(base):
         what = "batch-norm eps 1e-5 (cd-fvd's port)"
         found.append(Choice("bn-eps", what, *own, other_epsilon(base, 1e-5)))
+    for path in i3d:
+        other = I3DExtractor(base.mode, path, device)
+        same = "the same numbers" if other.weights_sha256 == base.weights_sha256 else "other numbers"
+        found.append(Choice(f"i3d-file-{path.name}", f"I3D weights from {path.name} ({same})", *own, other))
+    if sorted(entry.id for entry in job.manifest) != sorted(job.items)[: len(job.manifest)]:
+        what = f"reference: the dataset's first {len(job.manifest)} videos, not those that were animated"
+        found.append(Choice("reference-first", what, first_videos(job), own_generated, base, True))
     other_mode = "squash" if p.resize == "crop" else "crop"
     what = f"reference {'squashed' if other_mode == 'squash' else 'cropped'} to {p.width}x{p.height}, one side only"
     found.append(Choice(f"reference-{other_mode}", what, resized(mode=other_mode), own_generated, base, True))
@@ -252,18 +270,23 @@ def _change(value: float, base: float) -> str:
 
 
 def measure(
-    path: Path, options: run.Options, only: Sequence[str] | None = None, limit: int | None = None
+    path: Path,
+    options: run.Options,
+    only: Sequence[str] | None = None,
+    limit: int | None = None,
+    i3d: Sequence[Path] = (),
 ) -> Sensitivity:
     """Score the run at `path` again under each choice (or those named in `only`), on its first `limit` clips.
 
-    Features are cached by pixels and extractor: a choice that changes no pixel costs nothing, nor does a second call.
+    `i3d`: other files of I3D's weights, each a choice of its own. Features are cached by pixels and extractor: a choice
+    that changes no pixel costs nothing, nor does a second call.
     """
     job = run.reopen(path)
     entries = job.manifest[:limit]
     if len(entries) < 4:
         raise UserError(f"{path} has {len(entries)} clips; at least 4 are needed to compare choices")
     base = i3d_extractor(find_metric("fvd").options["preprocessing"], options.runtime().device)
-    offered = choices(job, base)
+    offered = choices(job, base, i3d)
     _check_names(only, [choice.name for choice in offered])
     cache = FeatureCache()
     kernel = kernel_of(find_metric("kvd").options)

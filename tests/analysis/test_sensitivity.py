@@ -10,6 +10,8 @@ from dcbench import run
 from dcbench.analysis import sensitivity
 from dcbench.catalogue import find_dataset, find_model
 from dcbench.errors import UserError
+from dcbench.metrics import extractors
+from dcbench.metrics import functional as fn
 from dcbench.metrics.extractors import I3DExtractor
 from dcbench.protocol import find_protocol
 
@@ -69,8 +71,6 @@ def test_every_choice_is_measured_and_most_move_the_value(zoomed: Path) -> None:
 
 
 def test_the_base_is_the_runs_own_score(zoomed: Path, tmp_path: Path) -> None:
-    from dcbench.metrics import functional as fn
-
     job = run.reopen(zoomed)
     extractor = SmallI3D()
     real, made = (
@@ -80,6 +80,39 @@ def test_the_base_is_the_runs_own_score(zoomed: Path, tmp_path: Path) -> None:
     result = sensitivity.measure(zoomed, QUIET, only=["mp4"])
     assert result.base_fvd == pytest.approx(fn.frechet_distance(real, made), rel=1e-6)
     assert [row.name for row in result.rows] == ["mp4"]
+
+
+def test_another_file_of_weights_is_a_choice(zoomed: Path, tmp_path: Path) -> None:
+    """The same network from a PyTorch file gives the original's FVD; half of its precision moves it a little."""
+    i3d = extractors.i3d_extractor()
+    state = i3d.network.state_dict()
+    torch.save(state, tmp_path / "i3d_pretrained_400.pt")
+    torch.save({name: value.bfloat16().float() for name, value in state.items()}, tmp_path / "rounded.pt")
+    files = [tmp_path / "i3d_pretrained_400.pt", tmp_path / "rounded.pt"]
+    names = [f"i3d-file-{file.name}" for file in files]
+    result = sensitivity.measure(zoomed, QUIET, only=names, limit=4, i3d=files)
+    same, rounded = result.rows
+    job = run.reopen(zoomed)
+    real, made = (
+        i3d.extract([source(job, entry) for entry in job.manifest[:4]])
+        for source in (sensitivity.own_reference, sensitivity.own_generated)
+    )
+    assert same.fvd == pytest.approx(fn.frechet_distance(real, made), rel=1e-5)  # measured: 2e-6
+    assert 1e-5 < abs(rounded.fvd / same.fvd - 1) < 0.2 and "other numbers" in rounded.what
+
+
+def test_a_reference_of_the_datasets_first_videos(zoomed: Path) -> None:
+    """Its frames are the first videos' own, from their first frame on, at the run's stride."""
+    job = run.reopen(zoomed)
+    first = sorted(job.items)[: len(job.manifest)]
+    assert sorted(entry.id for entry in job.manifest) != first
+    read = sensitivity.first_videos(job)
+    for name, entry in zip(first, job.manifest, strict=True):
+        frames = job.items[name].video.read([2 * k for k in range(len(entry.frames))])
+        assert torch.equal(read(job, entry), run.to_protocol_size(frames, job.protocol))
+    assert [row.name for row in sensitivity.measure(zoomed, QUIET, only=["reference-first"]).rows] == [
+        "reference-first"
+    ]
 
 
 def test_covariance_over_n_is_the_other_formula(zoomed: Path) -> None:
@@ -92,8 +125,6 @@ def test_covariance_over_n_is_the_other_formula(zoomed: Path) -> None:
     ids = list(table)
 
     def distances(features: dict, kept: list[str]) -> tuple[float, float]:
-        from dcbench.metrics import functional as fn
-
         real, made = (torch.stack([features[i][side] for i in kept]) for side in (0, 1))
         return fn.frechet_distance(real, made), 0.0
 
