@@ -6,7 +6,10 @@ warp_error: mean squared difference of a frame and its successor moved back alon
 (Lai et al., ECCV 2018); beside it `flicker`, the plain mean absolute difference of consecutive frames (VBench).
 """
 
+import hashlib
+from collections import OrderedDict
 from collections.abc import Sequence
+from functools import cache
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -27,8 +30,10 @@ Kind = Literal["motion", "warp_error"]
 class OpticalFlow:
     """OpenCV's DIS flow (Kroeger et al., ECCV 2016), medium preset: deterministic, no weights."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep: int = 2) -> None:
         self._flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+        self._keep = keep
+        self._known: OrderedDict[bytes, list[Array]] = OrderedDict()
 
     @property
     def identity(self) -> dict[str, str]:
@@ -41,6 +46,15 @@ class OpticalFlow:
     def __call__(self, first: Array, second: Array) -> Array:
         """Grey uint8 [h w], [h w] -> float32 [h w 2]: where each pixel of the first lies in the second, x then y."""
         return self._flow.calc(first, second, np.zeros((*first.shape, 2), np.float32))
+
+    def along(self, grey: Sequence[Array]) -> list[Array]:
+        """Flow from each frame to the next; that of the last clips is remembered, for both metrics begin with it."""
+        key = hashlib.blake2b(b"".join(frame.tobytes() for frame in grey)).digest() + str(grey[0].shape).encode()
+        if key not in self._known:
+            self._known[key] = [self(a, b) for a, b in pairwise(grey)]
+            while len(self._known) > self._keep:
+                self._known.popitem(last=False)
+        return self._known[key]
 
 
 def prepare(clip: Tensor) -> list[Array]:
@@ -76,7 +90,7 @@ def visible(flow: Array, backward: Array) -> Array:
 def measure_motion(clip: Tensor, flow: OpticalFlow) -> dict[str, Any]:
     """uint8 [t 3 h w] -> {"value": mean px per step, "top5": mean of the fastest 5 % of pixels, "per_frame"}."""
     grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in prepare(clip)]
-    lengths = [np.linalg.norm(flow(a, b), axis=-1) for a, b in pairwise(grey)]
+    lengths = [np.linalg.norm(step, axis=-1) for step in flow.along(grey)]
     per_frame = [float(length.mean()) for length in lengths]
     fastest = [float(np.sort(length, axis=None)[-max(1, length.size // 20) :].mean()) for length in lengths]
     return {"value": float(np.mean(per_frame)), "top5": float(np.mean(fastest)), "per_frame": per_frame}
@@ -87,8 +101,8 @@ def measure_warp_error(clip: Tensor, flow: OpticalFlow) -> dict[str, Any]:
     frames = prepare(clip)
     grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames]
     per_frame, flicker, seen = [], [], []
-    for index in range(len(frames) - 1):
-        forward, backward = flow(grey[index], grey[index + 1]), flow(grey[index + 1], grey[index])
+    for index, forward in enumerate(flow.along(grey)):
+        backward = flow(grey[index + 1], grey[index])
         shown = visible(forward, backward)
         first, second = frames[index].astype(np.float32) / 255, frames[index + 1].astype(np.float32) / 255
         error = np.square(warp_back(second, forward) - first).mean(-1)
@@ -108,7 +122,7 @@ class MotionMetric(PerClipMetric):
 
     def __init__(self, card: MetricCard, kind: Kind) -> None:
         super().__init__(card)
-        self.extractor, self.kind = OpticalFlow(), kind
+        self.extractor, self.kind = _shared(), kind
 
     def extract(
         self, clips: Sequence[Tensor], images: Sequence[Tensor] | None = None, prompts: Sequence[str] | None = None
@@ -119,6 +133,11 @@ class MotionMetric(PerClipMetric):
         measure = measure_motion if self.kind == "motion" else measure_warp_error
         with torch.inference_mode():
             return [measure(clip, self.extractor) for clip in clips]
+
+
+@cache
+def _shared() -> OpticalFlow:
+    return OpticalFlow()
 
 
 def build(card: MetricCard, runtime: Any) -> MotionMetric:

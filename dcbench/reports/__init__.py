@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dcbench.record import write_text
-from dcbench.reports.figures import cost_plot, frame_grid
+from dcbench.reports.figures import Curve, cost_plot, curves, frame_grid
 from dcbench.reports.page import ClipSource, group_runs, spread, write_page
 from dcbench.reports.tables import (
     Run,
@@ -32,7 +32,7 @@ def write_report(runs: Sequence[Path], to: Path) -> str:
     write_text(to / "table.md", text + (f"\n{costs_to_markdown(taken)}" if taken else ""))
     write_text(to / "table.tex", to_latex(table))
     write_text(to / "table.csv", to_csv(found))
-    write_page(loaded, table, taken, [*_grids(loaded, to), *_cost_plots(loaded, to)], to)
+    write_page(loaded, table, taken, [*_grids(loaded, to), *_cost_plots(loaded, to), *_extrapolations(loaded, to)], to)
     return text
 
 
@@ -72,4 +72,23 @@ def _cost_plots(runs: Sequence[Run], to: Path) -> list[tuple[str, str]]:
             file = f"cost-{len(figures) + 1}.png"
             cost_plot(to / file, points, "FVD (lower is better)")
             figures.append((file, f"Quality against cost on {dataset}, fingerprint {fingerprint}, 95 % intervals"))
+    return figures
+
+
+def _extrapolations(runs: Sequence[Run], to: Path) -> list[tuple[str, str]]:
+    """FVD against 1 / N with the fitted curve, whose left end is FVD-infinity; a figure a run that has it."""
+    figures = []
+    labels = name_runs(runs)
+    for run in runs:
+        score = run.record.scores.get("fvd_infinity")
+        if score is None or score.value is None or "coefficients" not in score.details:
+            continue
+        inverse = [1 / size for size in score.details["sizes"]]
+        fitted = [max(inverse) * step / 40 for step in range(41)]
+        values = [sum(c * x**power for power, c in enumerate(score.details["coefficients"])) for x in fitted]
+        lines = {"subsets": Curve(inverse, score.details["values"]), "fit": Curve(fitted, values)}
+        file = f"fvd-infinity-{len(figures) + 1}.png"
+        curves(to / file, lines, "1 / N", "FVD", title=labels[run.path])
+        around = f" [{score.ci95[0]:.1f}, {score.ci95[1]:.1f}]" if score.ci95 else ""
+        figures.append((file, f"{labels[run.path]}: FVD of N clips, extrapolated to {score.value:.1f}{around}"))
     return figures

@@ -81,6 +81,19 @@ def test_flow_is_the_same_again() -> None:
     assert np.array_equal(OpticalFlow()(*frames), OpticalFlow()(*frames))
 
 
+def test_both_metrics_share_the_flow_along_the_clip(
+    motion: ClipMetric, warp_error: ClipMetric, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Per pair of frames one flow forward for both, and one backward; a fresh start gives the same values."""
+    clip, calls = panning(3, seed=7), []
+    original = OpticalFlow.__call__
+    monkeypatch.setattr(OpticalFlow, "__call__", lambda *given: calls.append(1) or original(*given))
+    together = [motion.extract([clip], None, None), warp_error.extract([clip], None, None)]
+    assert len(calls) == 2 * (len(clip) - 1)
+    motion.extract([panning(1), panning(2)], None, None)  # forgotten by now
+    assert warp_error.extract([clip], None, None) == together[1] and motion.extract([clip], None, None) == together[0]
+
+
 def test_order_and_batch_do_not_matter(motion: ClipMetric) -> None:
     clips = [panning(1), panning(4, seed=1), panning(2, seed=2)]
     together = motion.extract(clips, None, None)

@@ -9,7 +9,18 @@ import pytest
 import torch
 from PIL import Image
 
-from dcbench.record import Cost, ManifestItem, Plan, Record, Score, write_json, write_manifest, write_text
+from dcbench.metrics.distances import score_frechet_infinity
+from dcbench.record import (
+    Cost,
+    ManifestItem,
+    Plan,
+    Record,
+    Score,
+    read_record,
+    write_json,
+    write_manifest,
+    write_text,
+)
 from dcbench.reports import write_report
 from dcbench.reports.figures import Curve, cost_plot, curves, frame_grid
 from dcbench.reports.page import spread
@@ -170,3 +181,22 @@ def test_curves_and_cost_plot_are_written(tmp_path, suffix):
         assert (tmp_path / f"{name}{suffix}").stat().st_size > 3000
     if suffix == ".png":
         assert len(np.unique(picture(tmp_path / "curves.png").reshape(-1, 3), axis=0)) > 20
+
+
+def test_the_fitted_curve_of_fvd_infinity_is_drawn(tmp_path):
+    """The score that the metric itself gives: its curve meets the axis 1 / N = 0 at the printed value."""
+    generator = torch.Generator().manual_seed(0)
+    real, made = torch.randn(64, 8, generator=generator), torch.randn(64, 8, generator=generator) + 0.5
+    found = score_frechet_infinity(real, made)
+    path = make_run(tmp_path / "a", "Model A")
+    record = read_record(path)
+    score = Score(
+        value=found.value, ci95=found.ci95, n_reference=64, n_generated=64, higher_is_better=False, fingerprint="f00d",
+        details=found.details,
+    )  # fmt: skip
+    write_json(path / "record.json", record.model_copy(update={"scores": {**record.scores, "fvd_infinity": score}}))
+    write_report([path], tmp_path / "report")
+    page = Page((tmp_path / "report" / "index.html").read_text(encoding="utf-8"))
+    assert "fvd-infinity-1.png" in page.files and f"extrapolated to {found.value:.1f} [" in page.text
+    picture = np.asarray(Image.open(tmp_path / "report" / "fvd-infinity-1.png").convert("RGB"))
+    assert (picture == (213, 94, 0)).all(2).sum() > 300  # the fit's colour
