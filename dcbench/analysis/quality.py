@@ -1,13 +1,15 @@
 """Quality of a model on the shapes world, as the analytic judge sees it: one table, one picture.
 
-python -m dcbench.analysis.quality --model dynamicrafter-tiny --clips 256 --out quality
+python -m dcbench.analysis.quality --model dynamicrafter-tiny --clips 256 --fvd --out quality
+
+`--fvd` adds the FVD of the clips, of the same images standing still, and of the model with empty prompts.
 """
 
 import argparse
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,20 +24,31 @@ from dcbench.models.base import ImageToVideo, Request, Runtime
 from dcbench.seeding import clip_seed
 
 
-def requests(items: Sequence[Item], size: int, stride: int, seed: int) -> Iterator[tuple[Request, Tensor]]:
+def requests(
+    items: Sequence[Item], size: int, stride: int, seed: int, prompts: bool = True
+) -> Iterator[tuple[Request, Tensor]]:
     """A request for each item, and its real clip uint8 [16, 3, size, size]; from the video's first frame on."""
     for item in items:
         info = item.video.info()
         real = resize(item.video.read([i * stride for i in range(16)]), size, size)
         fps = info.fps / stride
-        yield Request(item.id, real[0], item.captions[0], 16, fps, stride, clip_seed(seed, item.id)), real
+        yield (
+            Request(item.id, real[0], item.captions[0] if prompts else "", 16, fps, stride, clip_seed(seed, item.id)),
+            real,
+        )
 
 
 def measure(
-    model: ImageToVideo, items: Sequence[Item], size: int, stride: int = 3, batch: int = 16, seed: int = 0
+    model: ImageToVideo,
+    items: Sequence[Item],
+    size: int,
+    stride: int = 3,
+    batch: int = 16,
+    seed: int = 0,
+    prompts: bool = True,
 ) -> tuple[dict[str, float], list[tuple[Item, Tensor, Tensor]]]:
     """Shares of clips that show what their caption says, PSNR of the first frame; and (item, real, generated)."""
-    pairs = list(requests(items, size, stride, seed))
+    pairs = list(requests(items, size, stride, seed, prompts))
     cases: list[tuple[Item, Tensor, Tensor]] = []
     started = time.process_time()
     for start in range(0, len(pairs), batch):
@@ -60,6 +73,21 @@ def measure(
         "first_frame_psnr_median": psnrs[len(psnrs) // 2],
         "cpu_seconds_per_clip": seconds,
     }, cases
+
+
+def distances(real: Sequence[Tensor], sets: Mapping[str, Sequence[Tensor]]) -> dict[str, float]:
+    """FVD of each set of clips with its 95 % interval; I3D as every score of dcbench uses it."""
+    from dcbench.metrics.distances import score_frechet
+    from dcbench.metrics.extractors import i3d_extractor
+
+    extractor = i3d_extractor()
+    reference, found = extractor.extract(real), {}
+    for name, clips in sets.items():
+        score = score_frechet(reference, extractor.extract(clips))
+        found[f"fvd_{name}"] = score.value
+        if score.ci95:
+            found[f"fvd_{name}_low"], found[f"fvd_{name}_high"] = score.ci95
+    return found
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
@@ -94,6 +122,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=256)
     parser.add_argument("--stride", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fvd", action="store_true", help="four I3D passes and a second sampling: slow")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     card = with_overrides(find_model(given.model), given.settings)
@@ -101,6 +130,11 @@ def main() -> None:
     size = card.clip.height or 64
     items = Shapes(size=size, test_videos=given.clips).items("test")
     table, cases = measure(model, items, size, given.stride, seed=given.seed)
+    if given.fvd:
+        _, silent = measure(model, items, size, given.stride, seed=given.seed, prompts=False)
+        sets = {"model": [made for *_, made in cases], "without_prompt": [made for *_, made in silent]}
+        sets["still"] = [real[:1].expand_as(real) for _, real, _ in cases]
+        table |= distances([real for _, real, _ in cases], sets)
     given.out.mkdir(parents=True, exist_ok=True)
     grid(cases[:12], given.out / "cases.png")
     (given.out / "quality.json").write_text(json.dumps(table, indent=1))

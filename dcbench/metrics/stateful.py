@@ -209,7 +209,7 @@ class _ClipMean(Metric):
 
     def _score(self) -> Score:
         values = self.values if isinstance(self.values, Tensor) else self._joined()
-        return score_values([{"value": value} for value in values.sort().values.tolist()])
+        return score_values([{"value": value} for value in torch.sort(values)[0].tolist()])
 
 
 class PerceptualInputConformity(_ClipMean):
