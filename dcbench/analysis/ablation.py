@@ -2,6 +2,7 @@
 
 <out>/<arm>/seed-<s>/     an ordinary run directory: plan, clips, record; resumable, shared by later calls
 <out>/<arm>/training-<s>/ training suites: the arm's own stages, from <out>/shared
+<out>/stages/             stages that several arms have in common, trained once
 <out>/table.{md,csv}, curves-<group>.png, arms.json
 """
 
@@ -21,7 +22,7 @@ from dcbench.clips import resize
 from dcbench.datasets.shapes import ShapesVideo
 from dcbench.models.dynamicrafter.load import read_config
 from dcbench.protocol import Protocol
-from dcbench.record import Score
+from dcbench.record import Score, digest
 from dcbench.reports.figures import Curve, curves
 from dcbench.training.held_out import SWAPS, HeldOut, held_out
 from dcbench.training.networks import build
@@ -142,29 +143,55 @@ def wilson(hits: int, count: int) -> tuple[float, Interval]:
 
 
 def arm_recipe(suite: Suite, arm: Arm, seed: int) -> Recipe:
-    """The suite's recipe with the arm's changes and this seed; unknown stages and fields are errors."""
+    """The suite's recipe with the suite's and the arm's changes and this seed; unknown stages and fields are errors."""
     recipe = find_recipe(suite.recipe)
-    for name in (*arm.stages, *arm.without):
+    for name in (*suite.stages, *arm.stages, *arm.without):
         recipe.stage(name)
     data = recipe.model_dump()
-    data["stages"] = [{**s, **arm.stages.get(s["name"], {})} for s in data["stages"] if s["name"] not in arm.without]
+    data["stages"] = [
+        {**stage, **suite.stages.get(stage["name"], {}), **arm.stages.get(stage["name"], {})}
+        for stage in data["stages"]
+        if stage["name"] not in arm.without
+    ]
     return Recipe.model_validate({**data, "seed": recipe.seed + seed})
 
 
 def train_arm(suite: Suite, arm: Arm, out: Path, folder: Path, seed: int, data: Path | None) -> Path:
-    """Train the stages that all arms share once, then this arm's own from there; returns the trained folder."""
-    whole = find_recipe(suite.recipe)
+    """Train what all arms share once, then this arm's own stages from there; returns the trained folder.
+
+    A stage that another arm has trained from the same beginning, with the same settings and seed, is taken over.
+    """
+    whole, recipe = find_recipe(suite.recipe), arm_recipe(suite, arm, seed)
     names = [stage.name for stage in whole.stages]
     shared = tuple(names[: names.index(whole.stage(suite.shared).name) + 1])
     common, target = out / "shared", folder / f"training-{seed}"
     train(whole, common, data, shared, device="cpu")
     for name in shared:
-        if not (target / name / "weights.safetensors").is_file():
-            shutil.copytree(common / name, target / name, dirs_exist_ok=True)
+        _take_stage(common / name, target / name)
     if (common / "latents.safetensors").is_file() and not (target / "latents.safetensors").is_file():
+        target.mkdir(parents=True, exist_ok=True)
         shutil.copy(common / "latents.safetensors", target / "latents.safetensors")
-    train(arm_recipe(suite, arm, seed), target, data, device="cpu")
+    for count, stage in enumerate(recipe.stages, 1):
+        if stage.name in shared:
+            continue
+        so_far = recipe.model_copy(update={"stages": recipe.stages[:count], "summary": ""})
+        kept = out / "stages" / f"{stage.name}-{digest(so_far.model_dump(mode='json'))}"
+        _take_stage(kept, target / stage.name)
+        train(recipe, target, data, (stage.name,), device="cpu")
+        _take_stage(target / stage.name, kept)
+    train(recipe, target, data, device="cpu")  # writes the model's files
     return target
+
+
+def _take_stage(source: Path, target: Path) -> None:
+    """Copy a finished stage to where it is not finished yet; its weights last, for they say that it is finished."""
+    if not (source / "weights.safetensors").is_file() or (target / "weights.safetensors").is_file():
+        return
+    target.mkdir(parents=True, exist_ok=True)
+    for file in sorted(source.iterdir(), key=lambda path: path.name == "weights.safetensors"):
+        if file.name != "state.pt":  # for resuming, and the largest
+            with atomic_write(target / file.name) as temporary:
+                shutil.copyfile(file, temporary)
 
 
 def held_out_of(suite: Suite, arm: Arm, trained: Path, seed: int, data: Path | None) -> HeldOut:

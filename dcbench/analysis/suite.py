@@ -44,6 +44,7 @@ class Suite(Facts):
     x_label: str = ""
     recipe: str = ""  # training: the recipe that the arms vary
     shared: str = ""  # training: its last stage that all arms have in common
+    stages: dict[str, dict[str, Any]] = {}  # training: fields of the recipe's stages that differ in every arm
     held_out_clips: int = Field(default=64, ge=1)
     metrics: tuple[str, ...] = ("fvd", "pic", "motion")
     arms: tuple[Arm, ...] = Field(min_length=1)

@@ -1,14 +1,16 @@
 """Suites from end to end: sampled arms, λ arms, folders of clips, trained arms; and that they resume."""
 
 import json
+import shutil
 
 import pytest
 
 from dcbench import run
-from dcbench.analysis.ablation import run_suite
+from dcbench.analysis.ablation import arm_recipe, run_suite
 from dcbench.analysis.suite import Suite
 from dcbench.catalogue import ModelCard, find_dataset, find_model
 from dcbench.protocol import find_protocol
+from dcbench.training.run import run as train
 from dcbench.weights import load_tensors
 
 QUIET = run.Options(device="cpu", quiet=True)
@@ -74,8 +76,14 @@ train = ["spatial", "temporal"]
 context = "none"
 vdg = "none"
 [[stages]]
+name = "adapt"
+steps = 1
+batch_size = 2
+lr = 1e-3
+vdg = "none"
+[[stages]]
 name = "joint"
-steps = 2
+steps = 3
 batch_size = 2
 lr = 1e-3
 """
@@ -118,6 +126,7 @@ def test_trained_arms_share_their_base_and_differ_by_what_they_say(tmp_path):
     arms = (
         {"name": "ours"},
         {"name": "entire", "stages": {"joint": {"train": ("context", "spatial", "temporal")}}},
+        {"name": "first", "stages": {"adapt": {"condition_frame": "first"}}},
     )
     suite = Suite.model_validate(
         {
@@ -127,6 +136,7 @@ def test_trained_arms_share_their_base_and_differ_by_what_they_say(tmp_path):
             "recipe": str(tmp_path / "micro.toml"),
             "shared": "base",
             "held_out_clips": 4,
+            "stages": {"joint": {"steps": 2}},
             "arms": arms,
         }
     )
@@ -139,6 +149,15 @@ def test_trained_arms_share_their_base_and_differ_by_what_they_say(tmp_path):
             after = load_tensors(folder / "joint" / "weights.safetensors")
             assert (after[temporal] == base[temporal]).all() == same
             assert json.loads((folder / "held_out.json").read_text())["loss"] > 0
+    folder_of_two = tmp_path / "out" / "entire" / "training-2"
+    stages = sorted(path.name.split("-")[0] for path in (tmp_path / "out" / "stages").iterdir())
+    assert stages == ["adapt"] * 4 + ["joint"] * 6  # "ours" and "entire" share theirs, for each of two seeds
+    recipe = arm_recipe(suite, suite.arms[1], 2)
+    assert [stage.steps for stage in recipe.stages] == [2, 1, 2]
+    shutil.copytree(tmp_path / "out" / "shared", tmp_path / "whole")
+    assert train(recipe, tmp_path / "whole", device="cpu")  # in one go, nothing taken over from another arm
+    one, other = (load_tensors(path / "joint" / "weights.safetensors") for path in (tmp_path / "whole", folder_of_two))
+    assert one.keys() == other.keys() and all((one[name] == other[name]).all() for name in one)
     assert all(len(row.scores["held_out_loss"]) == 2 and len(row.scores["swap_text"]) == 2 for row in rows)
     assert "seeds 1, 2" in (tmp_path / "out" / "table.md").read_text()
 
