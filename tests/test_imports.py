@@ -14,10 +14,21 @@ LEVELS = {
     "clips": 3, "weights": 3, "machine": 3, "protocol": 3, "video_worker": 3, "video": 4,
     "models": 5, "datasets": 5, "metrics": 5,
     "scoring": 6, "ranks": 6, "run": 7, "grid": 8, "folders": 8, "training": 7, "reports": 9, "analysis": 10,
-    "cli_analysis": 11, "cli_models": 11, "cli_tools": 11, "cli_weights": 11, "cli": 12,
+    "cli": 11, "__main__": 12,
 }  # fmt: skip
 SIDE_BY_SIDE = {"models", "datasets", "metrics"}
-NO_TORCH = ("errors", "catalogue", "record", "rundir", "progress", "protocol", "cli")
+NO_TORCH = (
+    "errors",
+    "catalogue",
+    "record",
+    "rundir",
+    "progress",
+    "protocol",
+    "cli/app",
+    "cli/evaluate",
+    "cli/options",
+    "cli/tools",
+)
 
 
 def room(module: str) -> str:

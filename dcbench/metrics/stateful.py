@@ -13,6 +13,7 @@ The runner does not need this module, whose import of torchmetrics takes ten sec
 
 import warnings
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -26,7 +27,6 @@ from dcbench.metrics.base import ClipMetric, FeatureExtractor, Score
 from dcbench.metrics.distances import score_frechet, score_kernel
 from dcbench.metrics.extractors import Preprocessing, i3d_extractor
 from dcbench.metrics.per_clip import score_values
-from dcbench.models.base import Runtime
 
 
 class _SetMetric(Metric):
@@ -177,7 +177,8 @@ class _ClipMean(Metric):
     def metric(self) -> ClipMetric:
         """What computes a clip's values; its network is loaded when it is first needed."""
         if self._metric is None:
-            runtime = Runtime(str(self.device), offline=not self._download)
+            # the fields of dcbench.models.base.Runtime that metrics read
+            runtime = SimpleNamespace(device=str(self.device), offline=not self._download)
             self._metric = load_entry_point(self._card)(self._card, runtime)
         return self._metric
 

@@ -1,4 +1,4 @@
-"""Commands beside the evaluation: data, cache, doctor, train. Registered by `cli.py`."""
+"""Commands beside the evaluation: data, cache, doctor."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,24 +1,20 @@
-"""Commands that look into a model: λ of each layer, sweeps, ablation suites. Registered by `cli.py`."""
+"""Commands that look into a model: λ of each layer, sweeps, ablation suites."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dcbench.cli.options import Data, DatasetName, Device, Limit, Model, ProtocolName, Settings
+from dcbench.errors import UserError
+
 if TYPE_CHECKING:
     from dcbench.analysis.suite import Suite
 
 probe = typer.Typer(no_args_is_help=True, help="Read and sweep what a DynamiCrafter has learned.")
 
-Model = Annotated[str, typer.Option("--model", help="A name, alias or card.toml.")]
-Dataset = Annotated[str, typer.Option("--dataset", help="A name, alias or card.toml.")]
-ProtocolName = Annotated[str | None, typer.Option("--protocol", help="Default: the dataset's own.")]
-Data = Annotated[Path | None, typer.Option("--data", help="Where the dataset's files lie.")]
-Out = Annotated[Path | None, typer.Option("--out", help="Default: runs/<suite>-<model>-<dataset>.")]
+SuiteOut = Annotated[Path | None, typer.Option("--out", help="Default: runs/<suite>-<model>-<dataset>.")]
 Seeds = Annotated[list[int] | None, typer.Option("--seed", help="Repeatable: each arm once a seed. Default: 123.")]
-Limit = Annotated[int | None, typer.Option("--limit", help="At most so many clips.")]
-Settings = Annotated[list[str] | None, typer.Option("--set", help="Change the model's card: sampling.steps=25.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 ...")]
 
 
 def _run(
@@ -49,10 +45,10 @@ def _run(
 def ablate(
     suite: Annotated[str, typer.Argument(help="table3-training, table3-knockout, sampling, lambda, or suite.toml.")],
     model: Model = "dynamicrafter",
-    dataset: Dataset = "msrvtt",
+    dataset: DatasetName = "msrvtt",
     protocol: ProtocolName = None,
     data: Data = None,
-    out: Out = None,
+    out: SuiteOut = None,
     seed: Seeds = None,
     limit: Limit = None,
     settings: Settings = None,
@@ -72,10 +68,10 @@ def probe_lambda(
     ] = None,
     factors: Annotated[str, typer.Option("--factors", help="Sweep: factors on λ, comma-separated.")] = "0,0.5,1,1.5,2",
     metrics: Annotated[str, typer.Option("--metrics", help="Sweep: comma-separated.")] = "fvd,pic,motion,clip_text",
-    dataset: Dataset = "msrvtt",
+    dataset: DatasetName = "msrvtt",
     protocol: ProtocolName = None,
     data: Data = None,
-    out: Out = None,
+    out: SuiteOut = None,
     seed: Seeds = None,
     limit: Limit = None,
     settings: Settings = None,
@@ -84,7 +80,6 @@ def probe_lambda(
     """The learned λ of each layer beside the paper's Fig. 2; with --layers, the sweep as well."""
     from dcbench.analysis import lambda_probe
     from dcbench.catalogue import find_model, load_entry_point, with_overrides
-    from dcbench.errors import UserError
     from dcbench.run import Options
 
     card = with_overrides(find_model(model), settings or [])

@@ -1,10 +1,11 @@
-"""Commands around one model: animate a picture, train a recipe. Registered by `cli.py`."""
+"""Commands around one model: animate a picture, train a recipe."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from dcbench.cli.options import Data, Device, Download, Dtype, Model, Seed, Settings, run_options
 from dcbench.errors import UserError
 
 
@@ -12,27 +13,26 @@ def animate(
     image: Annotated[Path | None, typer.Argument(help="A picture; not needed with --story.")] = None,
     prompt: Annotated[str, typer.Argument(help="What happens in the video.")] = "",
     out: Annotated[Path, typer.Option("--out", help="The video: .mp4, .gif or .webm.")] = Path("animation.mp4"),
-    model: Annotated[str, typer.Option("--model", help="A name, alias or card.toml.")] = "dynamicrafter",
+    model: Model = "dynamicrafter",
     end_image: Annotated[Path | None, typer.Option("--end-image", help="The last frame: fill in between.")] = None,
     loop: Annotated[bool, typer.Option("--loop", help="End where the video began.")] = False,
     story: Annotated[Path | None, typer.Option("--story", help="A YAML file of scenes, joined into one video.")] = None,
     num: Annotated[int, typer.Option("--num", help="So many videos, each from its own noise.")] = 1,
-    seed: Annotated[int, typer.Option("--seed")] = 123,
+    seed: Seed = 123,
     fps: Annotated[float | None, typer.Option("--fps", help="The speed of playing.")] = None,
     motion: Annotated[
         int | None, typer.Option("--motion", help="The model's own condition: frame stride (256) or fps (others).")
     ] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="Change the card: sampling.steps=25.")] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 ...")] = "auto",
-    dtype: Annotated[str | None, typer.Option("--dtype", help="Autocast dtype: float16 or bfloat16.")] = None,
-    download: Annotated[bool, typer.Option("--download/--offline", help="Fetch missing weights first.")] = False,
+    settings: Settings = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    download: Download = False,
 ) -> None:
     """Animate a picture by a prompt; fill in between two pictures; loop; tell a story."""
     from dcbench.catalogue import find_model, with_overrides
     from dcbench.models.dynamicrafter import apps
-    from dcbench.run import Options
 
-    runtime = Options(device, dtype, offline=not download).runtime()
+    runtime = run_options(device, dtype, 1, download).runtime()
     card = with_overrides(find_model(model), settings or [])
     if story is not None:
         if image is not None or end_image is not None or loop or num != 1:
@@ -60,9 +60,9 @@ def animate(
 def train(
     recipe: Annotated[str, typer.Argument(help="A recipe's name, or recipe.toml.")],
     out: Annotated[Path | None, typer.Option("--out", help="Default: runs/train-<recipe>.")] = None,
-    data: Annotated[Path | None, typer.Option("--data", help="Where the recipe's dataset lies.")] = None,
+    data: Data = None,
     stage: Annotated[list[str] | None, typer.Option("--stage", help="Only this stage; repeatable.")] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda")] = "auto",
+    device: Device = "auto",
     stop_after: Annotated[
         float | None, typer.Option("--stop-after", help="Seconds; the same command continues.")
     ] = None,

@@ -1,0 +1,5 @@
+"""`python -m dcbench`"""
+
+from dcbench.cli import main
+
+main()

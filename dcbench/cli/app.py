@@ -1,0 +1,61 @@
+"""The program: commands, errors, signals. Rooms are imported inside commands: `--help` never imports torch."""
+
+import os
+import signal
+import sys
+
+import typer
+
+from dcbench.cli import evaluate, model, probe, tools, weights
+from dcbench.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Reproducible, explainable evaluation of image-to-video models. Start with: "
+    "dcbench run --model zoom --dataset shapes",
+)
+
+app.command()(evaluate.run)
+app.command()(evaluate.sample)
+app.command()(evaluate.score)
+app.command()(evaluate.report)
+app.command("list")(evaluate.list_)
+app.command()(probe.ablate)
+app.command()(model.animate)
+app.command()(model.train)
+app.add_typer(tools.data, name="data")
+app.add_typer(tools.cache, name="cache")
+app.add_typer(tools.doctor, name="doctor")
+app.add_typer(weights.weights, name="weights")
+app.add_typer(probe.probe, name="probe")
+
+
+class _Stopped(BaseException):
+    """Ctrl-C, or a polite kill. Not KeyboardInterrupt, which the argument parser would take for itself."""
+
+
+def _stop(number: int, frame: object) -> None:
+    raise _Stopped(number)
+
+
+def main() -> None:
+    """Entry point: errors for the user without a traceback, Ctrl-C without noise."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads starve decoding and neighbours
+    before = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        app()
+    except UserError as error:
+        print(f"dcbench: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except _Stopped as stopped:
+        print("\ndcbench: stopped. The same command continues where it was.", file=sys.stderr)
+        raise SystemExit(128 + int(str(stopped))) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
