@@ -80,9 +80,10 @@ def streaming(job: run.Job, names: Sequence[str]) -> tuple[float, scoring.Extrac
     seconds = time.perf_counter() - start
     print(f"streaming: {len(pairs) / seconds:.3f} pairs/s, {seconds:.1f} s in all")
     print("  resident MB before and after each quarter: " + ", ".join(f"{value:.0f}" for value in memory))
+    total = sum(clock.values())
+    print(f"  {total:.1f} s of all threads together; metrics of one extractor share its features:")
     for name, value in sorted(clock.items(), key=lambda entry: -entry[1]):
-        overlap = " (beside the networks)" if name == "decode" else ""
-        print(f"  {name:12} {value:8.1f} s  {100 * value / seconds:5.1f} %{overlap}")
+        print(f"  {name:12} {value:8.1f} s  {100 * value / total:5.1f} %")
     return seconds, extracted
 
 
