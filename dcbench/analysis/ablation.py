@@ -3,14 +3,14 @@
 <out>/<arm>/seed-<s>/     an ordinary run directory: plan, clips, record; resumable, shared by later calls
 <out>/<arm>/training-<s>/ training suites: the arm's own stages, from <out>/shared
 <out>/stages/             stages that several arms have in common, trained once
-<out>/table.{md,csv}, curves-<group>.png, arms.json
+<out>/suite.json, table.{md,csv}, curves-<metric>.png   `rebuild` makes the last ones from the records alone
 """
 
 import csv
 import io
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,9 +20,10 @@ from dcbench.analysis.suite import Arm, Suite, arm_card
 from dcbench.catalogue import DatasetCard, ModelCard, find_model
 from dcbench.clips import resize
 from dcbench.datasets.shapes import ShapesVideo
+from dcbench.errors import UserError
 from dcbench.models.dynamicrafter.load import read_config
 from dcbench.protocol import Protocol
-from dcbench.record import Score, digest
+from dcbench.record import Record, digest, read_record, write_text
 from dcbench.reports.figures import Curve, curves
 from dcbench.training.held_out import SWAPS, HeldOut, held_out
 from dcbench.training.networks import build
@@ -45,6 +46,23 @@ class Row:
 
     def add(self, metric: str, value: float, interval: Interval) -> None:
         self.scores.setdefault(metric, []).append((value, interval))
+
+    def add_scores(self, record: Record, verdicts: Mapping[str, tuple[float, Interval]]) -> None:
+        """A finished run's scores and what the judge says of its clips."""
+        for name, score in record.scores.items():
+            if score.value is None:
+                self.reasons[name] = score.reason or "no reason given"
+            else:
+                self.add(name, score.value, score.ci95)
+        for name, (value, interval) in verdicts.items():
+            self.add(name, value, interval)
+        self.clips = record.n_planned
+
+    def add_held_out(self, measured: HeldOut) -> None:
+        half = 1.96 * measured.error
+        self.add("held_out_loss", measured.loss, (measured.loss - half, measured.loss + half))
+        for swap in SWAPS:
+            self.add(f"swap_{swap}", measured.reliance(swap), None)
 
     def summary(self, metric: str) -> tuple[float, Interval] | None:
         """Mean over seeds; the interval of a single seed, or the span of all seeds' intervals."""
@@ -70,6 +88,7 @@ def run_suite(
 ) -> list[Row]:
     """Run what is missing, score it, and write the table into `out`."""
     rows = []
+    write_text(out / "suite.json", json.dumps({"suite": suite.model_dump(), "seeds": list(seeds)}, indent=1) + "\n")
     for arm in suite.arms:
         row = Row(arm)
         for seed in seeds:
@@ -82,32 +101,38 @@ def run_suite(
                 trained = train_arm(suite, arm, out, folder, seed, data)
                 card = card.model_copy(update={"options": {**arm.options, "folder": str(trained)}})
                 measured = held_out_of(suite, arm, trained, seed, data)
-                row.add("held_out_loss", measured.loss, _around(measured.loss, 1.96 * measured.error))
-                for swap in SWAPS:
-                    row.add(f"swap_{swap}", measured.reliance(swap), None)
+                row.add_held_out(measured)
             chosen = protocol.model_copy(update={"frame_stride": arm.frame_stride}) if arm.frame_stride else protocol
             job = run.plan(card, dataset, chosen, data, folder / f"seed-{seed}", seed, limit, quiet=options.quiet)
             run.sample(job, options)
             found = run.score(job, options, metrics or suite.metrics, strict=bool(metrics))
-            for name, score in found.scores.items():
-                _add(row, name, score)
-            for name, (value, interval) in judged(job).items():
-                row.add(name, value, interval)
-            row.clips = len(job.manifest)
+            verdicts = judged(job)
+            write_text(job.directory.path / "judge.json", json.dumps(verdicts, indent=1) + "\n")
+            row.add_scores(found, verdicts)
         rows.append(row)
         write_table(suite, rows, out, seeds)
     return rows
 
 
-def _add(row: Row, name: str, score: Score) -> None:
-    if score.value is None:
-        row.reasons[name] = score.reason or "no reason given"
-    else:
-        row.add(name, score.value, score.ci95)
+def rebuild(out: Path) -> str:
+    """Write a suite's table and curves again from the records in its folder alone; returns the table.
 
-
-def _around(value: float, half: float) -> Interval:
-    return value - half, value + half
+    Needed of each arm and seed: record.json and judge.json, of trained arms held_out.json; no clips, no weights.
+    """
+    kept = json.loads((out / "suite.json").read_text(encoding="utf-8"))
+    suite, seeds, rows = Suite.model_validate(kept["suite"]), kept["seeds"], []
+    for arm in suite.arms:
+        row = Row(arm)
+        for seed in seeds:
+            folder = out / _folder(arm.name) / f"seed-{seed}"
+            if not (folder / "record.json").is_file():
+                raise UserError(f"{folder} holds no record.json: arm {arm.name!r}, seed {seed} is not finished")
+            if suite.kind == "training":
+                path = out / _folder(arm.name) / f"training-{seed}" / "held_out.json"
+                row.add_held_out(HeldOut(**json.loads(path.read_text(encoding="utf-8"))))
+            row.add_scores(read_record(folder), json.loads((folder / "judge.json").read_text(encoding="utf-8")))
+        rows.append(row)
+    return write_table(suite, rows, out, seeds)
 
 
 def _folder(name: str) -> str:

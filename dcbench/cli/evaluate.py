@@ -189,7 +189,19 @@ def report(
     out: Annotated[Path, typer.Option("--out", help="Where tables and figures go.")] = Path("reports/latest"),
     compare: Annotated[bool, typer.Option("--compare", help="Test two runs on one manifest, clip by clip.")] = False,
 ) -> None:
-    """Merge runs into one table (Markdown, LaTeX, CSV, HTML) beside the published numbers."""
+    """Merge runs into one table (Markdown, LaTeX, CSV, HTML) beside the published numbers.
+
+    Folders of ablation suites get their own table and curves again, in place.
+    """
+    suites = [path for path in runs if (path / "suite.json").is_file()]
+    if suites:
+        if len(suites) < len(runs):
+            raise UserError("suites and runs in one report: give the folders of suites alone")
+        from dcbench.analysis.ablation import rebuild
+
+        for path in suites:
+            print(f"{rebuild(path)}\nreport: {path}\n")
+        return
     if compare:
         if len(runs) != 2:
             raise UserError(f"--compare takes two runs; {len(runs)} were given")

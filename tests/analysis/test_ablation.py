@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from dcbench import run
-from dcbench.analysis.ablation import arm_recipe, run_suite
+from dcbench.analysis.ablation import arm_recipe, rebuild, run_suite
 from dcbench.analysis.suite import Suite
 from dcbench.catalogue import ModelCard, find_dataset, find_model
 from dcbench.protocol import find_protocol
@@ -115,6 +115,10 @@ def test_sampled_arms_share_their_clips_and_resume(tmp_path):
     assert clips["lambda-off"] != clips["lambda-twice"]
     table = (tmp_path / "out" / "table.md").read_text()
     assert "234.66" in table and "λ off" in table and (tmp_path / "out" / "curves-motion.png").is_file()
+    shutil.copytree(tmp_path / "out", tmp_path / "kept", ignore=shutil.ignore_patterns("clips", "table.*", "*.png"))
+    assert rebuild(tmp_path / "kept") == table  # from the records alone
+    for file in ("table.md", "table.csv", "curves-motion.png"):
+        assert (tmp_path / "kept" / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/*/clips/*.mkv")}
     both(suite, tmp_path / "out")
     assert before == {path: path.stat().st_mtime_ns for path in before}
@@ -159,7 +163,8 @@ def test_trained_arms_share_their_base_and_differ_by_what_they_say(tmp_path):
     one, other = (load_tensors(path / "joint" / "weights.safetensors") for path in (tmp_path / "whole", folder_of_two))
     assert one.keys() == other.keys() and all((one[name] == other[name]).all() for name in one)
     assert all(len(row.scores["held_out_loss"]) == 2 and len(row.scores["swap_text"]) == 2 for row in rows)
-    assert "seeds 1, 2" in (tmp_path / "out" / "table.md").read_text()
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "seeds 1, 2" in table and rebuild(tmp_path / "out") == table
 
 
 def test_an_unknown_stage_of_an_arm_is_refused(tmp_path):
