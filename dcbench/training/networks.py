@@ -23,13 +23,21 @@ PREFIXES = {  # part -> its place in the released checkpoints
     "text": "cond_stage_model.model.",
     "image": "embedder.model.",
 }
+WORD_STD = 0.4  # of the word embeddings of a small text tower; open_clip begins with 0.02
 
 
 def build(config: Config, seed: int) -> Networks:
-    """New networks, frozen; the same initial values for the same seed."""
+    """New networks, frozen; the same initial values for the same seed.
+
+    The words of a small vocabulary begin further apart than open_clip's, whose layers drown them at this size: two
+    captions that differ by one word must differ for the U-Net, though no picture told CLIP the two apart.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return freeze(Networks(config))
+        networks = Networks(config)
+        if config.clip.token_ids:
+            nn.init.normal_(networks.cond_stage_model.model.token_embedding.weight, std=WORD_STD)
+        return freeze(networks)
 
 
 def freeze(networks: Networks) -> Networks:

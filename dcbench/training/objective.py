@@ -58,16 +58,25 @@ class AutoencoderTask(Task):
 
 
 class ContrastiveTask(Task):
-    """CLIP's symmetric loss between one frame of each clip and its caption."""
+    """CLIP's symmetric loss between one frame of each clip and its caption.
 
-    def __init__(self, networks: Networks, pool: Pool) -> None:
+    `last_frames`: the share of clips of which it is the last frame: there one sees what the motion was.
+    """
+
+    def __init__(self, networks: Networks, pool: Pool, last_frames: float = 0.0) -> None:
         super().__init__()
-        self.clip, self.pool = PooledClip(networks).requires_grad_(True), pool
+        self.clip, self.pool, self.last_frames = PooledClip(networks).requires_grad_(True), pool, last_frames
+
+    def matrices(self) -> set[str]:
+        """Without embeddings: their rows are words and places, no maps between layers."""
+        return {name for name in super().matrices() if "embedding" not in name}
 
     def forward(self, batch_size: int, rng: torch.Generator) -> dict[str, Tensor]:
         device = next(self.clip.parameters()).device
         batch = self.pool.random_batch(batch_size, rng)
         pick = torch.randint(batch.frames.shape[1], (batch_size,), generator=rng)
+        if self.last_frames:
+            pick[torch.rand(batch_size, generator=rng) < self.last_frames] = batch.frames.shape[1] - 1
         frames = batch.frames[torch.arange(batch_size), pick].to(device)
         images, texts, scale = self.clip(frames, batch.captions)
         logits = scale * F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T

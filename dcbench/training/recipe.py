@@ -77,6 +77,8 @@ class Stage(Facts):
     kl_weight: float = 1e-6
     detail_weight: float = 0.0
     decoder_only: bool = False
+    # clip
+    last_frames: float = Field(0.0, ge=0, le=1)
 
     def loop(self) -> LoopConfig:
         return LoopConfig(**{name: getattr(self, name) for name in LoopConfig.__dataclass_fields__})

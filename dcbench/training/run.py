@@ -125,7 +125,7 @@ def make_task(stage: Stage, networks: Networks, pool: Pool) -> Task:
     if stage.objective == "autoencoder":
         return AutoencoderTask(networks, pool, stage.kl_weight, stage.detail_weight, stage.decoder_only)
     if stage.objective == "clip":
-        return ContrastiveTask(networks, pool)
+        return ContrastiveTask(networks, pool, stage.last_frames)
     return DiffusionTask(
         networks, pool, stage.conditions(), stage.train, stage.single_frames, stage.fixed_image_scale, stage.min_snr
     )

@@ -8,7 +8,7 @@ from dcbench.datasets.shapes import Shapes
 from dcbench.training.data import ClipPool
 from dcbench.training.held_out import held_out
 from dcbench.training.networks import build, text_tokens
-from dcbench.training.objective import AutoencoderTask, Conditions, DiffusionTask
+from dcbench.training.objective import AutoencoderTask, Conditions, ContrastiveTask, DiffusionTask
 from dcbench.training.recipe import Recipe
 
 ROLES = ("context", "spatial")
@@ -147,6 +147,20 @@ def test_details_weigh_more_and_the_latents_may_stay(networks, pool):
     task = AutoencoderTask(networks, pool, 0.0, decoder_only=True)
     trained = {name for name, p in task.named_parameters() if p.requires_grad}
     assert trained and all(".decoder." in name or ".post_quant_conv." in name for name in trained)
+
+
+def test_a_share_of_the_pictures_are_last_frames(networks, pool, monkeypatch):
+    """CLIP learns the motion from where it led to; all other frames stay equally likely."""
+    seen = []
+    task = ContrastiveTask(networks, pool, last_frames=0.5)
+    forward = task.clip.forward
+    monkeypatch.setattr(task.clip, "forward", lambda frames, captions: seen.append(frames) or forward(frames, captions))
+    rng = torch.Generator().manual_seed(0)
+    drawn = pool.random_batch(400, torch.Generator().manual_seed(0)).frames
+    task(400, rng)
+    places = [(drawn[i] == frame).flatten(1).all(1).nonzero()[-1] for i, frame in enumerate(seen[0])]
+    last = sum(int(place) == drawn.shape[1] - 1 for place in places) / 400
+    assert 0.5 < last < 0.75  # half, a quarter of the rest, and what stands still
 
 
 def test_a_clip_is_the_same_whatever_is_drawn_around_it(pool):
