@@ -15,7 +15,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Reproducible, explainable evaluation of image-to-video models. Start with: "
-    "dcbench run --model zoom --dataset shapes",
+    "dcbench run --model dynamicrafter-tiny --dataset shapes",
 )
 
 app.command()(evaluate.run)
