@@ -37,7 +37,8 @@ def build(config: Config, seed: int) -> Networks:
         torch.manual_seed(seed)
         networks = Networks(config)
         if config.clip.token_ids:
-            nn.init.normal_(networks.cond_stage_model.model.token_embedding.weight, std=WORD_STD)
+            text: Any = networks.cond_stage_model.model
+            nn.init.normal_(text.token_embedding.weight, std=WORD_STD)
         return freeze(networks)
 
 

@@ -48,7 +48,8 @@ def metric_of(name: str, options: dict[str, Any]) -> ClipMetric:
 
 def test_as_a_torchmetrics_class(tiny: dict[str, str], moving_clip: Tensor) -> None:
     clips, prompts = torch.stack([moving_clip[:3], moving_clip[4:7]]), ["left", "a texture moves"]
-    for kind, given in (("text", {"prompts": prompts}), ("frames", {}), ("image", {"images": clips[:, 2]})):
+    cases: dict[str, dict[str, Any]] = {"text": {"prompts": prompts}, "frames": {}, "image": {"images": clips[:, 2]}}
+    for kind, given in cases.items():
         similarity = ClipSimilarity(kind, **tiny)  # type: ignore[arg-type]
         similarity.update(clips, **given)
         metric = metric_of(f"clip_{kind}", tiny)

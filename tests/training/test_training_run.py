@@ -185,7 +185,7 @@ def test_muon_turns_matrices_by_their_gradient_alone():
 
 def test_muon_leaves_the_ends_and_embeddings_of_the_network_to_adamw(make_recipe):
     recipe = make_recipe({**JOINT, "train": ALL})
-    task = make_task(recipe.stages[0], build(recipe.config(), 0), None)
+    task = make_task(recipe.stages[0], build(recipe.config(), 0), None)  # type: ignore[arg-type]
     matrices = task.matrices()
     assert "unet.middle_block.0.in_layers.2.weight" in matrices and "unet.input_blocks.1.1.proj_in.weight" in matrices
     for name in (
