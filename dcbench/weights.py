@@ -5,6 +5,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -162,17 +163,13 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{path} is not a whole safetensors file ({error}); fetch it again") from error
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (
-        Exception
-    ) as error:  # torch raises UnpicklingError, RuntimeError, EOFError, KeyError ... by the kind of damage
-        try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception:
-            raise UserError(
-                f"{path} cannot be loaded safely: {first_line(error)}. It is truncated, is no checkpoint, or holds "
-                "objects other than tensors, which dcbench does not execute."
-            ) from error
+        # files older than PyTorch 1.6 are no zip archives and cannot be mapped into memory
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # by the kind of damage: UnpicklingError, RuntimeError, EOFError, KeyError ...
+        raise UserError(
+            f"{path} cannot be loaded safely: {first_line(error)}. It is truncated, is no checkpoint, or holds "
+            "objects other than tensors, which dcbench does not execute."
+        ) from error
     if isinstance(loaded, dict):
         for key in ("state_dict", "module"):
             if isinstance(loaded.get(key), dict):

@@ -1,8 +1,7 @@
-"""Video files: exact frames, decoders that hang or crash, damaged files, lossless and atomic writing."""
+"""Reading video files: exact frames, decoders that hang or crash, damaged files."""
 
 import json
 import os
-import resource
 import signal
 import struct
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numbered_clips import noise, numbered, numbers
 
 from dcbench import video
 from dcbench.errors import UserError
@@ -22,27 +22,6 @@ CLIPS = Path(__file__).parents[2] / "shared" / "clips"
 real_clips = pytest.mark.skipif(
     not CLIPS.is_dir(), reason="the real clips are not committed; they lie beside a checkout"
 )
-
-
-def numbered(frames: int = 40, height: int = 48, width: int = 64) -> torch.Tensor:
-    """A clip whose frame i can be told by its grey level, 5 i + 20, in the upper half; the lower half moves."""
-    clip = torch.zeros(frames, 3, height, width, dtype=torch.uint8)
-    for i in range(frames):
-        clip[i, :, : height // 2] = 5 * i + 20
-        clip[i, 0, height // 2 :] = torch.arange(width, dtype=torch.uint8).roll(i) * 3
-    return clip
-
-
-def numbers(frames: torch.Tensor) -> list[int]:
-    """Which frames of `numbered` these are."""
-    return [
-        round((value - 20) / 5) for value in frames[:, :, : frames.shape[2] // 2 - 4].float().mean((1, 2, 3)).tolist()
-    ]
-
-
-def noise(frames: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (frames, 3, height, width), dtype=torch.uint8, generator=generator)
 
 
 @pytest.fixture(scope="module")
@@ -487,72 +466,3 @@ def test_no_process_outlives_its_parent(files, ending):
     assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
     if ending == "interrupt":
         assert errors.rstrip().endswith("KeyboardInterrupt") and "Warning" not in errors
-
-
-# --- writing ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [(1, 32, 32), (16, 64, 64), (5, 47, 33), (3, 9, 17)])
-def test_lossless_is_lossless_and_the_same_bytes_every_time(tmp_path, size):
-    clip = noise(*size)
-    paths = [tmp_path / "a.mkv", tmp_path / "other" / "name.mkv"]
-    for path in paths:
-        video.write_lossless(path, clip, 25 / 3)
-    for decoder in ("decord", "pyav"):
-        assert torch.equal(read_frames(paths[0], range(size[0]), decoder)[0], clip)
-    back, fps = video.read_clip(paths[0])
-    assert torch.equal(back, clip) and fps == pytest.approx(25 / 3, rel=1e-3)
-    assert paths[0].read_bytes() == paths[1].read_bytes()
-    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["a.mkv", "name.mkv"]
-
-
-@pytest.mark.parametrize("suffix", [".mp4", ".webm", ".avi", ".gif"])
-@pytest.mark.parametrize("size", [(64, 64), (47, 63)])
-def test_previews_look_like_the_clip(tmp_path, suffix, size):
-    clip = numbered(12, *size)
-    path = tmp_path / f"preview{suffix}"
-    video.write_preview(path, clip, 8)
-    first = path.read_bytes()
-    video.write_preview(path, clip, 8)
-    assert path.read_bytes() == first
-    back, fps = video.read_clip(path)
-    assert fps == pytest.approx(8, rel=0.05) and back.shape[0] == 12
-    assert back.shape[2] - size[0] in (0, 1) and back.shape[3] - size[1] in (0, 1)
-    error = (back[..., : size[0], : size[1]].float() - clip.float()).abs().mean()
-    assert error < 5
-    assert numbers(back) == list(range(12))
-
-
-def test_preview_of_unknown_kind_says_which_are_known(tmp_path):
-    with pytest.raises(UserError, match=r"cannot write \.wmv; use \.mp4, \.webm, \.gif"):
-        video.write_preview(tmp_path / "a.wmv", numbered(2), 8)
-
-
-def test_float_clip_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="expected uint8"):
-        video.write_lossless(tmp_path / "a.mkv", torch.zeros(2, 3, 8, 8), 8)
-    with pytest.raises(UserError, match="fps is 0"):
-        video.write_lossless(tmp_path / "a.mkv", noise(2, 8, 8), 0)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("suffix", [".mkv", ".mp4", ".gif"])
-def test_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, suffix):
-    path = tmp_path / f"clip{suffix}"
-    video.write_preview(path, noise(2, 32, 32), 8)
-    before = path.read_bytes()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    try:
-        with pytest.raises(UserError, match=r"cannot write .*clip.*Free some room"):
-            video.write_preview(path, noise(16, 128, 128), 8)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert path.read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]
-
-
-def test_unwritable_folder(tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match="cannot write"):
-        video.write_lossless(tmp_path / "file" / "clip.mkv", noise(2, 8, 8), 8)

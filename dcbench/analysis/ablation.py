@@ -125,12 +125,13 @@ def rebuild(out: Path) -> str:
         row = Row(arm)
         for seed in seeds:
             folder = out / _folder(arm.name) / f"seed-{seed}"
-            if not (folder / "record.json").is_file():
-                raise UserError(f"{folder} holds no record.json: arm {arm.name!r}, seed {seed} is not finished")
+            judge, trained = folder / "judge.json", folder.with_name(f"training-{seed}") / "held_out.json"
+            for path in (folder / "record.json", judge, *([trained] if suite.kind == "training" else [])):
+                if not path.is_file():
+                    raise UserError(f"{path} is not there: arm {arm.name!r}, seed {seed} is not finished")
             if suite.kind == "training":
-                path = out / _folder(arm.name) / f"training-{seed}" / "held_out.json"
-                row.add_held_out(HeldOut(**json.loads(path.read_text(encoding="utf-8"))))
-            row.add_scores(read_record(folder), json.loads((folder / "judge.json").read_text(encoding="utf-8")))
+                row.add_held_out(HeldOut(**json.loads(trained.read_text(encoding="utf-8"))))
+            row.add_scores(read_record(folder), json.loads(judge.read_text(encoding="utf-8")))
         rows.append(row)
     return write_table(suite, rows, out, seeds)
 

@@ -38,7 +38,7 @@ class LoopConfig:
     muon_lr: float = 0.0  # > 0: the task's matrices are trained by Muon, at this rate on the schedule of `lr`
     final_lr: float | None = None  # cosine from lr to this; None = constant
     warmup: int = 0
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # AdamW's alone
     betas: tuple[float, float] = (0.9, 0.999)
     grad_clip: float = 1.0
     accumulate: int = 1
