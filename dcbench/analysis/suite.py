@@ -46,7 +46,7 @@ class Suite(Facts):
     shared: str = ""  # training: its last stage that all arms have in common
     stages: dict[str, dict[str, Any]] = {}  # training: fields of the recipe's stages that differ in every arm
     held_out_clips: int = Field(default=64, ge=1)
-    metrics: tuple[str, ...] = ("fvd", "pic", "motion")
+    metrics: tuple[str, ...] = ("fvd", "pic", "ssim_image", "motion")  # SSIM where DreamSim's weights are missing
     arms: tuple[Arm, ...] = Field(min_length=1)
 
 

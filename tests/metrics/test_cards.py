@@ -26,6 +26,7 @@ NAMES = [
     "pic",
     "precision",
     "recall",
+    "ssim_image",
     "warp_error",
 ]
 
