@@ -123,14 +123,17 @@ _PACKAGE = Path(__file__).parent
 
 def read_facts(path: Path, kind: type[BaseModel]) -> Any:
     """A validated TOML file; errors name the file, the key and the nearest allowed key."""
+    return validate(read_toml(path), kind, str(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
-            data = tomllib.load(file)
+            return tomllib.load(file)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid TOML: {error}") from error
-    return validate(data, kind, str(path))
 
 
 def validate(data: Mapping[str, Any], kind: type[BaseModel], source: str) -> Any:

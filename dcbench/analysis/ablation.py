@@ -171,15 +171,14 @@ def wilson(hits: int, count: int) -> tuple[float, Interval]:
 def arm_recipe(suite: Suite, arm: Arm, seed: int) -> Recipe:
     """The suite's recipe with the suite's and the arm's changes and this seed; unknown stages and fields are errors."""
     recipe = find_recipe(suite.recipe)
-    for name in (*suite.stages, *arm.stages, *arm.without):
+    changes = {
+        stage.name: {**suite.stages.get(stage.name, {}), **arm.stages.get(stage.name, {})}
+        for stage in recipe.stages
+        if stage.name not in arm.without
+    }
+    for name in (*suite.stages, *arm.stages):
         recipe.stage(name)
-    data = recipe.model_dump()
-    data["stages"] = [
-        {**stage, **suite.stages.get(stage["name"], {}), **arm.stages.get(stage["name"], {})}
-        for stage in data["stages"]
-        if stage["name"] not in arm.without
-    ]
-    return Recipe.model_validate({**data, "seed": recipe.seed + seed})
+    return recipe.varied(changes, arm.without, seed=recipe.seed + seed)
 
 
 def train_arm(suite: Suite, arm: Arm, out: Path, folder: Path, seed: int, data: Path | None) -> Path:

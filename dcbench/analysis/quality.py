@@ -120,6 +120,9 @@ def main() -> None:
     parser.add_argument("--model", default="dynamicrafter-tiny")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings")
     parser.add_argument("--clips", type=int, default=256)
+    parser.add_argument(
+        "--split", choices=("test", "train"), default="test", help="train: the first videos, learned by heart?"
+    )
     parser.add_argument("--stride", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fvd", action="store_true", help="four I3D passes and a second sampling: slow")
@@ -128,7 +131,7 @@ def main() -> None:
     card = with_overrides(find_model(given.model), given.settings)
     model = load_entry_point(card)(card, Runtime())
     size = card.clip.height or 64
-    items = Shapes(size=size, test_videos=given.clips).items("test")
+    items = Shapes(size=size, train_videos=given.clips, test_videos=given.clips).items(given.split)
     table, cases = measure(model, items, size, given.stride, seed=given.seed)
     if given.fvd:
         _, silent = measure(model, items, size, given.stride, seed=given.seed, prompts=False)

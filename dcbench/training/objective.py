@@ -25,7 +25,9 @@ class AutoencoderTask(Task):
     """Rebuild single frames: |x - y| + (x - y)^2 + kl_weight * KL per value of the frame.
 
     `detail_weight`: a pixel counts 1 + detail_weight * its distance to the frame's mean colour, so that small objects
-    on large flat grounds are learned too. `decoder_only` leaves the latents as they are.
+    on large flat grounds are learned too. `edge_weight` adds that times the mean |difference of neighbours in x - y|:
+    sharp edges, even grounds. `decoder_only` leaves the latents as they are; `latent_noise` is the standard deviation
+    of what is added to those that the decoder sees, beside the posterior's own.
     """
 
     def __init__(
@@ -34,6 +36,8 @@ class AutoencoderTask(Task):
         pool: Pool,
         kl_weight: float,
         detail_weight: float = 0.0,
+        edge_weight: float = 0.0,
+        latent_noise: float = 0.0,
         decoder_only: bool = False,
     ) -> None:
         super().__init__()
@@ -42,6 +46,7 @@ class AutoencoderTask(Task):
             self.autoencoder.encoder.requires_grad_(False)
             self.autoencoder.quant_conv.requires_grad_(False)
         self.pool, self.kl_weight, self.detail_weight = pool, kl_weight, detail_weight
+        self.edge_weight, self.latent_noise = edge_weight, latent_noise
 
     def forward(self, batch_size: int, rng: torch.Generator) -> dict[str, Tensor]:
         device = next(self.autoencoder.parameters()).device
@@ -49,11 +54,15 @@ class AutoencoderTask(Task):
         pick = torch.randint(frames.shape[1], (batch_size,), generator=rng)
         x = clips.to_float(frames[torch.arange(batch_size), pick]).to(device)
         posterior = self.autoencoder.encode(x)
-        noise = torch.randn(posterior.mean.shape, generator=rng).to(device)
-        error = self.autoencoder.decode(posterior.sample(noise)) - x
+        latents = posterior.sample(torch.randn(posterior.mean.shape, generator=rng).to(device))
+        if self.latent_noise:
+            latents = latents + self.latent_noise * torch.randn(latents.shape, generator=rng).to(device)
+        error = self.autoencoder.decode(latents) - x
         weight = 1 + self.detail_weight * (x - x.mean((2, 3), keepdim=True)).abs().mean(1, keepdim=True)
         mse, kl = error.square().mean(), posterior.kl().mean() / x[0].numel()
         loss = (weight * (error.abs() + error.square())).mean() + self.kl_weight * kl
+        if self.edge_weight:
+            loss = loss + self.edge_weight * (error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean())
         return {"loss": loss, "psnr": -10 * torch.log10(mse.detach() / 4), "kl": kl}
 
 

@@ -1,11 +1,12 @@
 """Recipes: the stages of a training as data. An unknown key is an error."""
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
-from dcbench.catalogue import Facts, read_facts
+from dcbench.catalogue import Facts, read_toml, validate
 from dcbench.errors import UserError, near_match
 from dcbench.models.dynamicrafter.config import Config, variant
 from dcbench.training.loop import LoopConfig
@@ -76,6 +77,8 @@ class Stage(Facts):
     # autoencoder
     kl_weight: float = 1e-6
     detail_weight: float = 0.0
+    edge_weight: float = 0.0
+    latent_noise: float = 0.0
     decoder_only: bool = False
     # clip
     last_frames: float = Field(0.0, ge=0, le=1)
@@ -112,15 +115,47 @@ class Recipe(Facts):
         names = [stage.name for stage in self.stages]
         raise UserError(f"{self.name} has no stage {name!r}.{near_match(name, names)} Its stages: {', '.join(names)}")
 
+    def varied(self, stages: Mapping[str, Mapping[str, Any]], without: Collection[str] = (), **fields: Any) -> "Recipe":
+        """This recipe with other `fields`, with changed fields of its stages by name, and `without` some of them."""
+        for name in (*stages, *without):
+            self.stage(name)
+        kept = [stage.model_dump() for stage in self.stages if stage.name not in without]
+        changed = [{**stage, **stages.get(stage["name"], {})} for stage in kept]
+        return validate({**self.model_dump(), "stages": changed, **fields}, Recipe, str(fields.get("name", self.name)))
+
+
+class Variation(Facts):
+    """A recipe told by what differs from another one."""
+
+    extends: str
+    name: str
+    summary: str
+    data: dict[str, Any] = {}
+    stages: dict[str, dict[str, Any]] = {}
+    without: tuple[str, ...] = ()
+
+    def recipe(self) -> Recipe:
+        whole = find_recipe(self.extends)
+        data = {**whole.data.model_dump(), **self.data}
+        return whole.varied(self.stages, self.without, name=self.name, summary=self.summary, data=data)
+
 
 def find_recipe(name: str) -> Recipe:
     """A recipe by name, or by the path of a TOML file."""
     if name.endswith(".toml"):
-        return read_facts(Path(name).expanduser(), Recipe)
+        return _read(Path(name).expanduser())
     names = sorted(path.stem for path in FOLDER.glob("*.toml"))
     if name not in names:
         raise UserError(
             f"no recipe is called {name!r}.{near_match(name, names)} Known: {', '.join(names)}. "
             "A path of a TOML file works too."
         )
-    return read_facts(FOLDER / f"{name}.toml", Recipe)
+    return _read(FOLDER / f"{name}.toml")
+
+
+def _read(path: Path) -> Recipe:
+    data = read_toml(path)
+    if "extends" in data:
+        variation: Variation = validate(data, Variation, str(path))
+        return variation.recipe()
+    return validate(data, Recipe, str(path))

@@ -75,7 +75,7 @@ def run(
             if not fit(task, stage.loop(), directory, seed, process, stop_after, report, identity):
                 return False
             freeze(networks)
-            if stage.objective == "autoencoder":
+            if stage.objective == "autoencoder" and not stage.decoder_only:
                 normalise_latents(networks, sample_latents(networks, pools.plain()))
             if process.first:
                 _save_stage(networks, done, stage)
@@ -123,7 +123,15 @@ def make_task(stage: Stage, networks: Networks, pool: Pool) -> Task:
     """The stage's objective over `pool`, with exactly its parameters trainable."""
     freeze(networks)
     if stage.objective == "autoencoder":
-        return AutoencoderTask(networks, pool, stage.kl_weight, stage.detail_weight, stage.decoder_only)
+        return AutoencoderTask(
+            networks,
+            pool,
+            stage.kl_weight,
+            stage.detail_weight,
+            stage.edge_weight,
+            stage.latent_noise,
+            stage.decoder_only,
+        )
     if stage.objective == "clip":
         return ContrastiveTask(networks, pool, stage.last_frames)
     return DiffusionTask(

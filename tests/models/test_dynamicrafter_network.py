@@ -202,9 +202,13 @@ def test_the_kl_is_that_of_two_gaussians():
     torch.testing.assert_close(Posterior(mean, logvar).kl(), expected)
 
 
-def test_a_patched_autoencoder_works_on_the_coarse_grid_and_trains():
+@pytest.mark.parametrize(("decoder", "patch"), [((), 8), ((1, 2), 4), ((1, 1, 1, 1), 1)])
+def test_a_patched_autoencoder_works_on_the_coarse_grid_and_trains(decoder, patch):
     torch.manual_seed(0)
-    cfg = AutoencoderConfig(channels=8, channel_mult=(1,), patch_size=8, num_res_blocks=1, norm_groups=2)
+    cfg = AutoencoderConfig(
+        channels=8, channel_mult=(1,), patch_size=8, decoder_channel_mult=decoder, num_res_blocks=1, norm_groups=2
+    )
+    assert cfg.decoder_patch_size == patch
     autoencoder, frames = Autoencoder(cfg), torch.rand(2, 3, 32, 48) * 2 - 1
     latents = autoencoder.encode(frames).mean
     assert cfg.factor == 8

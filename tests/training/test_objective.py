@@ -144,6 +144,10 @@ def test_details_weigh_more_and_the_latents_may_stay(networks, pool):
     flat = AutoencoderTask(networks, pool, 0.0)(8, rng.manual_seed(0))
     detail = AutoencoderTask(networks, pool, 0.0, detail_weight=10.0)(8, rng.manual_seed(0))
     assert detail["loss"] > flat["loss"] and torch.equal(detail["psnr"], flat["psnr"])
+    edges = AutoencoderTask(networks, pool, 0.0, edge_weight=1.0)(8, rng.manual_seed(0))
+    assert edges["loss"] > flat["loss"] and torch.equal(edges["psnr"], flat["psnr"])
+    noisy = AutoencoderTask(networks, pool, 0.0, latent_noise=1.0)(8, rng.manual_seed(0))
+    assert not torch.equal(noisy["loss"], flat["loss"]) and torch.equal(noisy["kl"], flat["kl"])
     task = AutoencoderTask(networks, pool, 0.0, decoder_only=True)
     trained = {name for name, p in task.named_parameters() if p.requires_grad}
     assert trained and all(".decoder." in name or ".post_quant_conv." in name for name in trained)

@@ -113,6 +113,16 @@ def test_independent_stages_may_lie_in_one_directory(make_recipe, tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_a_stage_of_the_decoder_alone_leaves_the_latents(make_recipe, tmp_path):
+    whole = {"name": "autoencoder", "objective": "autoencoder"}
+    sharpen = {"name": "sharpen", "objective": "autoencoder", "decoder_only": True, "latent_noise": 0.1}
+    assert run(make_recipe(whole, sharpen), tmp_path, device="cpu")
+    before, after = weights(tmp_path, "autoencoder"), weights(tmp_path, "sharpen")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    decoder = ("first_stage_model.decoder.", "first_stage_model.post_quant_conv.")
+    assert changed and changed == {name for name in before if name.startswith(decoder)}
+
+
 def test_training_starts_from_a_checkpoint_and_says_what_was_new(make_recipe, tmp_path, capsys):
     run(make_recipe(BASE), tmp_path / "base", device="cpu")
     state = load_tensors(tmp_path / "base" / "weights.safetensors")
@@ -160,6 +170,26 @@ def test_every_shipped_recipe_is_valid():
         recipe.config()
     with pytest.raises(UserError, match="tiny"):
         find_recipe("tinny")
+
+
+def test_a_recipe_may_say_what_differs_from_another(tmp_path):
+    tiny = find_recipe("tiny")
+    file = tmp_path / "mine.toml"
+    head = 'extends = "tiny"\nname = "mine"\nsummary = "shorter"\nwithout = ["joint"]\n'
+    file.write_text(head + "[data]\nclips = 7\n[stages.base]\nsteps = 3\n")
+    mine = find_recipe(str(file))
+    assert (mine.name, mine.data.clips, mine.stage("base").steps) == ("mine", 7, 3)
+    assert mine.data.options == tiny.data.options and mine.model == tiny.model
+    assert mine.stage("base").model_copy(update={"steps": tiny.stage("base").steps}) == tiny.stage("base")
+    assert [stage.name for stage in mine.stages] == [stage.name for stage in tiny.stages if stage.name != "joint"]
+    for wrong, message in (
+        ("[stages.bse]\nsteps = 3\n", "no stage 'bse'"),
+        ("[stages.base]\nstep = 3\n", "step: unknown key"),
+        ("[data]\nclip = 3\n", "clip: unknown key"),
+    ):
+        file.write_text(head + wrong)
+        with pytest.raises(UserError, match=message):
+            find_recipe(str(file))
 
 
 def test_muon_turns_matrices_by_their_gradient_alone():

@@ -131,18 +131,19 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, cfg: AutoencoderConfig) -> None:
         super().__init__()
-        channels = cfg.channels * cfg.channel_mult[-1]
+        mults = cfg.decoder_channel_mult or cfg.channel_mult
+        channels = cfg.channels * mults[-1]
         self.conv_in = nn.Conv2d(cfg.z_channels, channels, 3, padding=1)
         self.mid = Middle(cfg, channels)
         levels = []
-        for level, mult in reversed(list(enumerate(cfg.channel_mult))):
+        for level, mult in reversed(list(enumerate(mults))):
             width = cfg.channels * mult
             blocks = [ResnetBlock(cfg, channels if i == 0 else width, width) for i in range(cfg.num_res_blocks + 1)]
             levels.append(Level(list(blocks), None, Upsample(width) if level > 0 else None))
             channels = width
         self.up = nn.ModuleList(reversed(levels))  # stored from the largest size, run from the smallest
         self.norm_out = nn.GroupNorm(cfg.norm_groups, channels, eps=1e-6)
-        self.conv_out = nn.Conv2d(channels, cfg.out_channels * cfg.patch_size**2, 3, padding=1)
+        self.conv_out = nn.Conv2d(channels, cfg.out_channels * cfg.decoder_patch_size**2, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z))
@@ -168,7 +169,7 @@ class Autoencoder(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         z = z.contiguous(memory_format=torch.channels_last)
-        return F.pixel_shuffle(self.decoder(self.post_quant_conv(z)), self.cfg.patch_size)
+        return F.pixel_shuffle(self.decoder(self.post_quant_conv(z)), self.cfg.decoder_patch_size)
 
     def to_latents(self, frames: Tensor, noise: Tensor | None = None) -> Tensor:
         """Scaled latents: a sample of the posterior with this noise, or its mean without."""
