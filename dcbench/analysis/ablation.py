@@ -16,6 +16,7 @@ from pathlib import Path
 
 from dcbench import run
 from dcbench.analysis.judge import ASPECTS, judge
+from dcbench.analysis.statistics import wilson
 from dcbench.analysis.suite import Arm, Suite, arm_card
 from dcbench.catalogue import DatasetCard, ModelCard, find_model
 from dcbench.clips import resize
@@ -155,14 +156,6 @@ def judged(job: run.Job) -> dict[str, tuple[float, Interval]]:
         clip = run.generated_clip(job, entry, finished[entry.id])
         rows.append(judge(resize(clip, 64, 64), entry.fps).agrees(video.scene))
     return {f"judge_{aspect}": wilson(sum(row[aspect] for row in rows), len(rows)) for aspect in ASPECTS if rows}
-
-
-def wilson(hits: int, count: int) -> tuple[float, Interval]:
-    """A share and its 95 % interval (Wilson 1927)."""
-    z, p = 1.959964, hits / count
-    middle = (p + z * z / (2 * count)) / (1 + z * z / count)
-    half = z * (p * (1 - p) / count + z * z / (4 * count * count)) ** 0.5 / (1 + z * z / count)
-    return p, (middle - half, middle + half)
 
 
 # ---- arms that are trained

@@ -3,9 +3,11 @@
 python -m dcbench.analysis.quality --model dynamicrafter-tiny --clips 256 --fvd --out quality
 
 `--fvd` adds the FVD of the clips, of the same images standing still, and of the model with empty prompts.
+`--curve FILE.csv` draws what was measured during a training, quality against core-hours, and does nothing else.
 """
 
 import argparse
+import csv
 import json
 import math
 import time
@@ -115,6 +117,23 @@ def grid(
     figure.savefig(path, dpi=110)
 
 
+def draw_curve(source: Path) -> Path:
+    """Shares of right clips against core-hours, of a CSV with the columns core_hours, clips, shape and motion."""
+    from dcbench.analysis.statistics import wilson
+    from dcbench.reports.figures import Curve, curves
+
+    with source.open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    lines = {}
+    for aspect in ("shape", "motion"):
+        shares = [wilson(round(float(row[aspect]) * int(row["clips"])), int(row["clips"])) for row in rows]
+        low, high = ([interval[end] for _, interval in shares] for end in (0, 1))
+        lines[aspect] = Curve([float(row["core_hours"]) for row in rows], [share for share, _ in shares], low, high)
+    target = source.with_suffix(".png")
+    curves(target, lines, "core-hours", "share of clips", title="Tiny weights: quality against training time")
+    return target
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="dynamicrafter-tiny")
@@ -126,8 +145,12 @@ def main() -> None:
     parser.add_argument("--stride", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fvd", action="store_true", help="four I3D passes and a second sampling: slow")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--curve", type=Path, metavar="CSV")
+    parser.add_argument("--out", type=Path, default=Path("quality"))
     given = parser.parse_args()
+    if given.curve:
+        print(draw_curve(given.curve))
+        return
     card = with_overrides(find_model(given.model), given.settings)
     model = load_entry_point(card)(card, Runtime())
     size = card.clip.height or 64

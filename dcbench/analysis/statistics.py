@@ -9,13 +9,19 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.stats import permutation_test
+from scipy.stats import binomtest, permutation_test
 from torch import Tensor
 
 from dcbench.errors import UserError
 from dcbench.metrics.functional import group_sums, jackknife, make_blocks, mean_interval, student_interval
 
 Statistic = Callable[[Tensor, Tensor], float]
+
+
+def wilson(hits: int, count: int) -> tuple[float, tuple[float, float]]:
+    """A share and its 95 % interval (Wilson 1927)."""
+    low, high = binomtest(hits, count).proportion_ci(0.95, "wilson")
+    return hits / count, (float(low), float(high))
 
 
 @dataclass(frozen=True)

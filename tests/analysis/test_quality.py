@@ -1,6 +1,6 @@
 """Quality on the shapes world: what a model that only repeats its input gets."""
 
-from dcbench.analysis.quality import grid, measure
+from dcbench.analysis.quality import draw_curve, grid, measure
 from dcbench.catalogue import find_model, load_entry_point
 from dcbench.datasets.shapes import Shapes
 from dcbench.models.base import Runtime
@@ -15,3 +15,9 @@ def test_still_keeps_everything_but_the_motion(tmp_path):
     assert table["motion"] == sum(item.label == "stays still" for item in items) / 40
     grid(cases[:2], tmp_path / "cases.png")
     assert (tmp_path / "cases.png").stat().st_size > 5000
+
+
+def test_the_curve_of_a_training_is_drawn(tmp_path):
+    source = tmp_path / "core-hours.csv"
+    source.write_text("core_hours,clips,shape,motion\n0.4,48,0.5,0.25\n1.1,48,0.7,0.98\n")
+    assert draw_curve(source).stat().st_size > 5000
