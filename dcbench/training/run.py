@@ -21,7 +21,7 @@ from dcbench.models.dynamicrafter.networks import Networks
 from dcbench.seeding import clip_seed
 from dcbench.training.data import CachedPool, ClipPool
 from dcbench.training.loop import Process, Task, fit, plot_log, process_group
-from dcbench.training.networks import build, freeze, normalise_latents, save, set_scale_factor
+from dcbench.training.networks import PREFIXES, build, freeze, normalise_latents, save, set_scale_factor
 from dcbench.training.objective import AutoencoderTask, ContrastiveTask, DiffusionTask, Pool
 from dcbench.training.recipe import Recipe, Stage, Start
 from dcbench.training.start import begin, copy_text_keys
@@ -206,7 +206,15 @@ def _save_stage(networks: Networks, path: Path, stage: Stage) -> None:
 
 
 def _load_stage(networks: Networks, path: Path, stage: Stage) -> None:
-    begin(networks, load_tensors(path), LEARNED[stage.objective], "dynamicrafter")
+    parts = LEARNED[stage.objective]
+    state = load_tensors(path)
+    own = {name for name in networks.state_dict() if name.startswith(tuple(PREFIXES[part] for part in parts))}
+    if differing := sorted(own ^ set(state)):
+        raise UserError(
+            f"{path} is of another model than the recipe's: {len(differing)} tensors are in one of them only, such as "
+            f"{differing[0]}; choose another --out, or remove {path.parent} to train the stage anew"
+        )
+    begin(networks, state, parts, "dynamicrafter")
     if stage.objective == "autoencoder":
         config = json.loads(path.with_name("config.json").read_text())
         set_scale_factor(networks, config["autoencoder"]["scale_factor"])

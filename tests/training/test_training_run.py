@@ -113,6 +113,14 @@ def test_independent_stages_may_lie_in_one_directory(make_recipe, tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_a_finished_stage_of_another_model_is_refused(make_recipe, tmp_path):
+    recipe = make_recipe({"name": "autoencoder", "objective": "autoencoder"})
+    run(recipe, tmp_path, device="cpu")
+    deeper = {**recipe.model, "autoencoder": {**recipe.model["autoencoder"], "num_res_blocks": 3}}
+    with pytest.raises(UserError, match="of another model than the recipe's"):
+        run(recipe.model_copy(update={"model": deeper}), tmp_path, device="cpu")
+
+
 def test_a_stage_of_the_decoder_alone_leaves_the_latents(make_recipe, tmp_path):
     whole = {"name": "autoencoder", "objective": "autoencoder"}
     sharpen = {"name": "sharpen", "objective": "autoencoder", "decoder_only": True, "latent_noise": 0.1}
