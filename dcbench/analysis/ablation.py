@@ -4,6 +4,7 @@
 <out>/<arm>/training-<s>/ training suites: the arm's own stages, from <out>/shared
 <out>/stages/             stages that several arms have in common, trained once
 <out>/suite.json, table.{md,csv}, curves-<metric>.png   `rebuild` makes the last ones from the records alone
+<out>/frames-<group>-<n>.png   one clip as every arm made it
 """
 
 import csv
@@ -25,7 +26,9 @@ from dcbench.errors import UserError
 from dcbench.models.dynamicrafter.load import read_config
 from dcbench.protocol import Protocol
 from dcbench.record import Record, digest, read_record, write_text
-from dcbench.reports.figures import Curve, curves
+from dcbench.reports.figures import Curve, curves, frame_grid
+from dcbench.reports.page import ClipSource, group_runs, spread
+from dcbench.reports.tables import load_runs
 from dcbench.training.held_out import SWAPS, HeldOut, held_out
 from dcbench.training.networks import build
 from dcbench.training.recipe import Recipe, find_recipe
@@ -112,6 +115,7 @@ def run_suite(
             row.add_scores(found, verdicts)
         rows.append(row)
         write_table(suite, rows, out, seeds)
+    draw_frames(suite, out, seeds[0])
     return rows
 
 
@@ -269,6 +273,23 @@ def show(summary: tuple[float, Interval] | None) -> str:
         return ""
     value, interval = summary
     return f"{value:.4g}" + (f" [{interval[0]:.3g}, {interval[1]:.3g}]" if interval else "")
+
+
+def draw_frames(suite: Suite, out: Path, seed: int) -> None:
+    """One clip as the arms made it, as in the paper's Fig. 2 (right); a picture for each group of a sweep."""
+    groups: dict[str, list[Arm]] = {}
+    for arm in suite.arms:
+        groups.setdefault(arm.group if arm.x is not None else suite.name, []).append(arm)
+    for group, arms in groups.items():
+        names = {out / _folder(arm.name) / f"seed-{seed}": arm.name for arm in arms}
+        for number, same_clips in enumerate(group_runs(load_runs(list(names))), 1):
+            source = ClipSource(same_clips)
+            (item,) = spread(source.items, 1)
+            clips = source.read(item)
+            rows = [(names[run.path], clips.generated[run.path]) for run in same_clips if run.path in clips.generated]
+            if clips.reference is not None:
+                rows.insert(0, ("real", clips.reference))
+            frame_grid(out / f"frames-{_folder(group)}-{number}.png", rows, clips.image, f"{item.id}: {item.prompt}")
 
 
 def draw_curves(suite: Suite, rows: Sequence[Row], metrics: Sequence[str], out: Path) -> None:
