@@ -144,6 +144,69 @@ class Average:
             p.copy_(self.values[name])
 
 
+class Learner:
+    """The parameters that are trained, and all that changes with them: optimisers, loss scaler, moving average."""
+
+    def __init__(self, task: Task, config: LoopConfig, device: torch.device) -> None:
+        self.trained = {name: p for name, p in task.named_parameters() if p.requires_grad}
+        if not self.trained:
+            raise UserError("this stage trains no parameter: check its `train` list of roles")
+        if config.muon_lr and config.precision == "float16":
+            raise UserError("muon_lr and precision float16 do not go together: choose bfloat16 or float32")
+        self.config, self.device = config, device
+        self.optimisers = make_optimisers(task, self.trained, config)
+        self.peaks = [optimiser.param_groups[0]["lr"] for optimiser in self.optimisers]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
+        self.average = Average(self.trained, config.ema) if config.ema else None
+
+    def update(self, step: int) -> float:
+        """Apply the gradients of step 0, 1, ... and clear them; returns their norm before clipping."""
+        for optimiser, peak in zip(self.optimisers, self.peaks, strict=True):
+            optimiser.param_groups[0]["lr"] = peak * self.config.lr_at(step) / self.config.lr
+        for optimiser in self.optimisers if self.scaler.is_enabled() else ():
+            self.scaler.unscale_(optimiser)
+        norm = float(nn.utils.clip_grad_norm_(self.trained.values(), self.config.grad_clip or math.inf))
+        if self.config.precision == "float32" and not math.isfinite(norm):
+            raise UserError(f"step {step}: the gradient is not finite; lower the learning rate ({self.config.lr:g})")
+        for optimiser in self.optimisers:
+            self.scaler.step(optimiser)
+        self.scaler.update()
+        for p in self.trained.values():
+            p.grad = None
+        if self.average:
+            self.average.update(self.trained, step + 1)
+        return norm
+
+    def save(self, path: Path, identity: str, step: int, seconds: float) -> None:
+        state = {
+            "identity": identity,
+            "step": step,
+            "seconds": seconds,
+            "parameters": {name: p.detach() for name, p in self.trained.items()},
+            "average": self.average.values if self.average else {},
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
+            "scaler": self.scaler.state_dict(),
+        }
+        with atomic_write(path) as temporary:
+            torch.save(state, temporary)
+
+    def load(self, path: Path, identity: str) -> tuple[int, float]:
+        """Continue from a saved state; returns its step and its processor seconds."""
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        if state["identity"] != identity:
+            raise UserError(
+                f"{path} was made with other settings; choose another --out, or remove {path.parent} to start anew"
+            )
+        for name, p in self.trained.items():
+            p.data.copy_(state["parameters"][name])
+        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
+        self.scaler.load_state_dict(state["scaler"])
+        if self.average:
+            self.average.values = state["average"]
+        return state["step"], state["seconds"]
+
+
 def fit(
     task: Task,
     config: LoopConfig,
@@ -160,111 +223,75 @@ def fit(
     stops early, resumable, after `stop_after` seconds or at Ctrl-C and SIGTERM. `directory`/log.jsonl gets a line
     every `log_every` steps.
     """
-    if config.batch_size % (process.world * config.accumulate):
+    parts = process.world * config.accumulate
+    if config.batch_size % parts:
         raise UserError(
             f"batch_size {config.batch_size} does not divide into {process.world} processes x "
-            f"{config.accumulate} accumulated parts; choose a multiple of {process.world * config.accumulate}"
+            f"{config.accumulate} accumulated parts; choose a multiple of {parts}"
         )
-    part = config.batch_size // (process.world * config.accumulate)
-    trained = {name: p for name, p in task.named_parameters() if p.requires_grad}
-    if not trained:
-        raise UserError("this stage trains no parameter: check its `train` list of roles")
-    if config.muon_lr and config.precision == "float16":
-        raise UserError("muon_lr and precision float16 do not go together: choose bfloat16 or float32")
-    optimisers = make_optimisers(task, trained, config)
-    peaks = [optimiser.param_groups[0]["lr"] for optimiser in optimisers]
-    scaler = torch.amp.GradScaler(process.device.type, enabled=config.precision == "float16")
-    average = Average(trained, config.ema) if config.ema else None
-    state_path, log_path = directory / "state.pt", directory / "log.jsonl"
-    step = 0
-    seconds = 0.0
+    learner = Learner(task, config, process.device)
+    state_path, log_path, who = directory / "state.pt", directory / "log.jsonl", _plain(identity)
+    step, seconds = 0, 0.0
     if state_path.is_file():
-        state = torch.load(state_path, map_location=process.device, weights_only=True)
-        if state["identity"] != _plain(identity):
-            raise UserError(
-                f"{state_path} was made with other settings; choose another --out, or remove {directory} to start anew"
-            )
-        step, seconds = state["step"], state["seconds"]
-        for name, p in trained.items():
-            p.data.copy_(state["parameters"][name])
-        for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(saved)
-        scaler.load_state_dict(state["scaler"])
-        if average:
-            average.values = state["average"]
+        step, seconds = learner.load(state_path, who)
         _trim_log(log_path, step)
     model: nn.Module = task
     if process.world > 1:
         model = DistributedDataParallel(task, device_ids=[process.device] if process.device.type == "cuda" else None)
-    amp = config.precision != "float32"
-    dtype = getattr(torch, config.precision)
     task.train()
     interrupted = _catch_signals()
     started, cpu, since = time.perf_counter(), time.process_time(), step
     finished = step >= config.steps
     while not finished:
-        sums: dict[str, Tensor] = {}
-        for optimiser, peak in zip(optimisers, peaks, strict=True):
-            optimiser.param_groups[0]["lr"] = peak * config.lr_at(step) / config.lr
-        for i in range(config.accumulate):
-            draw = clip_seed(seed, f"{step}/{i}/{process.rank}")
-            torch.manual_seed(draw)  # dropout layers know no generator
-            rng = torch.Generator().manual_seed(draw)
-            last = i == config.accumulate - 1
-            no_sync = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else None
-            with no_sync or contextlib.nullcontext(), torch.autocast(process.device.type, dtype, enabled=amp):
-                losses = model(part, rng)
-                scaler.scale(losses["loss"] / config.accumulate).backward()
-            for name, value in losses.items():
-                sums[name] = sums.get(name, torch.zeros(())) + value.detach().float().cpu() / config.accumulate
-        for optimiser in optimisers if scaler.is_enabled() else ():
-            scaler.unscale_(optimiser)
-        norm = nn.utils.clip_grad_norm_(trained.values(), config.grad_clip or math.inf)
-        if not amp and not bool(torch.isfinite(norm)):
-            raise UserError(f"step {step}: the gradient is not finite; lower the learning rate ({config.lr:g})")
-        for optimiser in optimisers:
-            scaler.step(optimiser)
-        scaler.update()
-        model.zero_grad(set_to_none=True)
+        losses = _accumulate(model, learner.scaler, config, config.batch_size // parts, seed, step, process)
+        norm = learner.update(step)
         step += 1
-        if average:
-            average.update(trained, step)
         finished = step >= config.steps
-        late = stop_after is not None and time.perf_counter() - started > stop_after
-        stopping = _agree(late or bool(interrupted), process)
+        took, burnt = time.perf_counter() - started, time.process_time() - cpu
+        stopping = _agree(bool(interrupted) or (stop_after is not None and took > stop_after), process)
         if process.first and (step % config.log_every == 0 or finished or stopping):
-            took, burnt = time.perf_counter() - started, time.process_time() - cpu
-            line = {"step": step, "lr": config.lr_at(step - 1), "grad_norm": float(norm)}
-            line |= {name: float(value) for name, value in sums.items()}
-            line |= {
-                "clips_per_second": round((step - since) * config.batch_size / took, 3),
-                "cpu_seconds": round(seconds + burnt, 1),
-            }
+            line = {"step": step, "lr": config.lr_at(step - 1), "grad_norm": norm, **losses}
+            line["clips_per_second"] = round((step - since) * config.batch_size / took, 3)
+            line["cpu_seconds"] = round(seconds + burnt, 1)
             directory.mkdir(parents=True, exist_ok=True)
             with log_path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             if on_step:
                 on_step(step, line)
         if process.first and (step % config.save_every == 0 or finished or stopping):
-            with atomic_write(state_path) as temporary:
-                torch.save(
-                    {
-                        "identity": _plain(identity),
-                        "step": step,
-                        "seconds": seconds + time.process_time() - cpu,
-                        "parameters": {name: p.detach() for name, p in trained.items()},
-                        "average": average.values if average else {},
-                        "optimisers": [optimiser.state_dict() for optimiser in optimisers],
-                        "scaler": scaler.state_dict(),
-                    },
-                    temporary,
-                )
+            learner.save(state_path, who, step, seconds + burnt)
         if stopping:
             break
-    if average:
-        average.copy_to(trained)
+    if learner.average:
+        learner.average.copy_to(learner.trained)
     task.eval()
     return finished
+
+
+def _accumulate(
+    model: nn.Module,
+    scaler: torch.amp.GradScaler,
+    config: LoopConfig,
+    size: int,
+    seed: int,
+    step: int,
+    process: Process,
+) -> dict[str, float]:
+    """Gradients of one step, over its parts of `size` samples each; returns the mean of each named loss."""
+    sums: dict[str, float] = {}
+    amp, dtype = config.precision != "float32", getattr(torch, config.precision)
+    for i in range(config.accumulate):
+        draw = clip_seed(seed, f"{step}/{i}/{process.rank}")
+        torch.manual_seed(draw)  # dropout layers know no generator
+        rng = torch.Generator().manual_seed(draw)
+        last = i == config.accumulate - 1
+        no_sync = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else None
+        with no_sync or contextlib.nullcontext(), torch.autocast(process.device.type, dtype, enabled=amp):
+            losses = model(size, rng)
+            scaler.scale(losses["loss"] / config.accumulate).backward()
+        for name, value in losses.items():
+            sums[name] = sums.get(name, 0.0) + float(value.detach()) / config.accumulate
+    return sums
 
 
 def _plain(identity: Mapping[str, Any] | None) -> str:
