@@ -126,9 +126,13 @@ def draw_curve(source: Path) -> Path:
         rows = list(csv.DictReader(file))
     lines = {}
     for aspect in ("shape", "motion"):
-        shares = [wilson(round(float(row[aspect]) * int(row["clips"])), int(row["clips"])) for row in rows]
-        low, high = ([interval[end] for _, interval in shares] for end in (0, 1))
-        lines[aspect] = Curve([float(row["core_hours"]) for row in rows], [share for share, _ in shares], low, high)
+        points = []
+        for row in rows:
+            if row[aspect]:  # not every aspect was measured every time
+                count = int(row["clips"])
+                points.append((float(row["core_hours"]), *wilson(round(float(row[aspect]) * count), count)))
+        hours, shares, intervals = zip(*points, strict=True)
+        lines[aspect] = Curve(hours, shares, [low for low, _ in intervals], [high for _, high in intervals])
     target = source.with_suffix(".png")
     curves(target, lines, "core-hours", "share of clips", title="Tiny weights: quality against training time")
     return target

@@ -67,7 +67,9 @@ def probe_lambda(
         list[str] | None, typer.Option("--layers", help="Sweep: ends, intermediate, all, or 3,4,5; repeatable.")
     ] = None,
     factors: Annotated[str, typer.Option("--factors", help="Sweep: factors on λ, comma-separated.")] = "0,0.5,1,1.5,2",
-    metrics: Annotated[str, typer.Option("--metrics", help="Sweep: comma-separated.")] = "fvd,pic,motion,clip_text",
+    metrics: Annotated[
+        str, typer.Option("--metrics", help="Sweep: comma-separated.")
+    ] = "fvd,pic,ssim_image,motion,clip_text",
     dataset: DatasetName = "msrvtt",
     protocol: ProtocolName = None,
     data: Data = None,

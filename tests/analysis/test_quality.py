@@ -19,5 +19,5 @@ def test_still_keeps_everything_but_the_motion(tmp_path):
 
 def test_the_curve_of_a_training_is_drawn(tmp_path):
     source = tmp_path / "core-hours.csv"
-    source.write_text("core_hours,clips,shape,motion\n0.4,48,0.5,0.25\n1.1,48,0.7,0.98\n")
+    source.write_text("core_hours,clips,shape,motion\n0.4,48,0.5,0.25\n1,48,,0.5\n1.1,48,0.7,0.98\n")
     assert draw_curve(source).stat().st_size > 5000
