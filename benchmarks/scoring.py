@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcbench import run, scoring
+from dcbench import planning, run, scoring
 from dcbench.catalogue import find_dataset, find_model
 from dcbench.metrics import i3d
 from dcbench.metrics.extractors import I3DExtractor
@@ -53,7 +53,7 @@ def build(names: Sequence[str]) -> scoring.Metrics:
     return scoring.build_metrics(scoring.choose_metrics(list(names)), QUIET.runtime(), explicit=True)
 
 
-def pairs_of(job: run.Job, clock: dict[str, float]) -> list[scoring.Pair]:
+def pairs_of(job: planning.Job, clock: dict[str, float]) -> list[scoring.Pair]:
     finished = job.directory.finished_samples()
     found = []
     for entry in job.manifest:
@@ -64,7 +64,7 @@ def pairs_of(job: run.Job, clock: dict[str, float]) -> list[scoring.Pair]:
     return found
 
 
-def streaming(job: run.Job, names: Sequence[str]) -> tuple[float, scoring.Extracted]:
+def streaming(job: planning.Job, names: Sequence[str]) -> tuple[float, scoring.Extracted]:
     clock: dict[str, float] = defaultdict(float)
     metrics = build(names)
     for name, metric in (metrics.sets | metrics.clips).items():
@@ -87,7 +87,7 @@ def streaming(job: run.Job, names: Sequence[str]) -> tuple[float, scoring.Extrac
     return seconds, extracted
 
 
-def naive(job: run.Job, names: Sequence[str]) -> float:
+def naive(job: planning.Job, names: Sequence[str]) -> float:
     """What a script does that was written in an hour: everything in memory, one step after the other."""
     start = time.perf_counter()
     pairs = pairs_of(job, defaultdict(float))
@@ -138,7 +138,7 @@ def main() -> None:
     update |= {"datasets": {}, "frame_stride": 1}
     protocol = find_protocol("smoke").model_copy(update=update)
     with tempfile.TemporaryDirectory() as folder:
-        job = run.plan(find_model("zoom"), find_dataset("shapes"), protocol, out=Path(folder) / "run", quiet=True)
+        job = planning.plan(find_model("zoom"), find_dataset("shapes"), protocol, out=Path(folder) / "run", quiet=True)
         if len(job.manifest) < given.clips:
             sys.exit(f"the shapes have {len(job.manifest)} videos at most; ask for fewer clips")
         run.sample(job, QUIET)

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 import dcbench
-from dcbench import machine, record, run, scoring, video
+from dcbench import machine, planning, record, run, scoring, video
 from dcbench.catalogue import find_dataset, slug
 from dcbench.datasets.base import Item
 from dcbench.errors import UserError
@@ -92,7 +92,7 @@ def score_folders(
 def _items(folder: Path, protocol: Protocol) -> dict[str, Item]:
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; expected a folder of videos ({', '.join(video.SUFFIXES)})")
-    return run.load_items(find_dataset("folder"), folder, protocol)
+    return planning.load_items(find_dataset("folder"), folder, protocol)
 
 
 def _reader(items: dict[str, Item], entry: record.ManifestItem | None, protocol: Protocol):

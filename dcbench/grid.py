@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dcbench import planning
 from dcbench import run as runner
 from dcbench.catalogue import find_dataset, find_model
 from dcbench.errors import UserError, near_match
@@ -90,7 +91,7 @@ def _settings_of(model: str, models: Sequence[str], settings: Sequence[str]) -> 
 
 
 def run(
-    jobs: Sequence[runner.Job], options: runner.Options, metrics: Sequence[str] | None
+    jobs: Sequence[planning.Job], options: runner.Options, metrics: Sequence[str] | None
 ) -> tuple[list[Path], list[str]]:
     """Sample and score every job. In a grid, one that fails does not keep the others from running.
 
@@ -99,7 +100,7 @@ def run(
     runner.check_metrics(metrics)
     failed: list[str] = []
 
-    def each(jobs: Sequence[runner.Job], what: str, step: Callable[[runner.Job], object]) -> list[runner.Job]:
+    def each(jobs: Sequence[planning.Job], what: str, step: Callable[[planning.Job], object]) -> list[planning.Job]:
         done = []
         for number, job in enumerate(jobs, start=1):
             name = f"{job.model.name} on {job.plan.dataset['name']}"

@@ -13,8 +13,8 @@ LEVELS = {
     "catalogue": 1, "record": 2, "rundir": 3, "progress": 1, "seeding": 1,
     "clips": 3, "weights": 3, "machine": 3, "protocol": 3, "video_worker": 3, "video": 4,
     "models": 5, "datasets": 5, "metrics": 5,
-    "scoring": 6, "ranks": 6, "run": 7, "grid": 8, "folders": 8, "training": 7, "reports": 9, "analysis": 10,
-    "cli": 11, "__main__": 12,
+    "scoring": 6, "ranks": 6, "planning": 7, "run": 8, "grid": 9, "folders": 9, "training": 7, "reports": 10,
+    "analysis": 11, "cli": 12, "__main__": 13,
 }  # fmt: skip
 SIDE_BY_SIDE = {"models", "datasets", "metrics"}
 NO_TORCH = (

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dcbench import record, run, scoring, video
+from dcbench import planning, record, run, scoring, video
 from dcbench.catalogue import find_dataset, find_model, with_overrides
 from dcbench.datasets.base import VideoError
 from dcbench.errors import UserError
@@ -25,12 +25,12 @@ from dcbench.rundir import RunDirectory
 QUIET = run.Options(device="cpu", quiet=True)
 
 
-def make_job(out: Path, model: str = "zoom", limit: int = 4, seed: int = 123, **protocol) -> run.Job:
+def make_job(out: Path, model: str = "zoom", limit: int = 4, seed: int = 123, **protocol) -> planning.Job:
     chosen = find_protocol("smoke").model_copy(update={"height": 32, "width": 32, "datasets": {}, **protocol})
-    return run.plan(find_model(model), find_dataset("shapes"), chosen, out=out, limit=limit, seed=seed, quiet=True)
+    return planning.plan(find_model(model), find_dataset("shapes"), chosen, out=out, limit=limit, seed=seed, quiet=True)
 
 
-def finish(job: run.Job, metric: str, options: run.Options = QUIET) -> record.Record:
+def finish(job: planning.Job, metric: str, options: run.Options = QUIET) -> record.Record:
     run.sample(job, options)
     return run.score(job, options, [metric])
 
@@ -116,13 +116,15 @@ def test_a_manifest_replays_somebody_else_s_clips(tmp_path, cheap_metric):
     job = make_job(tmp_path / "theirs", limit=3)
     path = tmp_path / "theirs" / "manifest.jsonl"
     smoke = find_protocol("smoke").model_copy(update={"height": 32, "width": 32, "datasets": {}, "selection_seed": 9})
-    ours = run.plan(find_model("zoom"), find_dataset("shapes"), smoke, out=tmp_path / "ours", manifest=path, quiet=True)
+    ours = planning.plan(
+        find_model("zoom"), find_dataset("shapes"), smoke, out=tmp_path / "ours", manifest=path, quiet=True
+    )
     assert ours.manifest == job.manifest
     rows = [json.loads(line) | {"id": "test-999999"} for line in path.read_text().splitlines()[:1]]
     bad = tmp_path / "bad.jsonl"
     bad.write_text(json.dumps(rows[0]) + "\n")
     with pytest.raises(UserError, match="1 of 1 clips are not in this dataset"):
-        run.plan(find_model("zoom"), find_dataset("shapes"), smoke, out=tmp_path / "bad", manifest=bad, quiet=True)
+        planning.plan(find_model("zoom"), find_dataset("shapes"), smoke, out=tmp_path / "bad", manifest=bad, quiet=True)
 
 
 def test_two_processes_on_one_directory_refuse_each_other(tmp_path):
@@ -253,7 +255,7 @@ def test_metrics_scored_later_join_the_record(tmp_path, cheap_metric):
     finish(job, cheap_metric)
     again = Path(cheap_metric).with_name("again.toml")
     again.write_text(Path(cheap_metric).read_text().replace('name = "corners"', 'name = "again"'))
-    result = run.score(run.reopen(tmp_path / "run"), QUIET, [str(again)])
+    result = run.score(planning.reopen(tmp_path / "run"), QUIET, [str(again)])
     assert set(result.scores) == {"corners", "again"}
     assert result.scores["corners"].value == result.scores["again"].value
 
@@ -268,8 +270,8 @@ def test_a_full_disk_is_found_before_the_model_loads(tmp_path, monkeypatch):
 def test_overrides_make_another_run(tmp_path, in_tmp):
     card = with_overrides(find_model("zoom"), ["options.factor=2"])
     smoke = find_protocol("smoke")
-    first = run.plan(find_model("zoom"), find_dataset("shapes"), smoke, limit=1, quiet=True)
-    second = run.plan(card, find_dataset("shapes"), smoke, limit=1, quiet=True)
+    first = planning.plan(find_model("zoom"), find_dataset("shapes"), smoke, limit=1, quiet=True)
+    second = planning.plan(card, find_dataset("shapes"), smoke, limit=1, quiet=True)
     assert first.directory.path != second.directory.path
     assert first.plan.fingerprint == second.plan.fingerprint
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dcbench import run
+from dcbench import planning, run
 from dcbench.analysis.judge import ASPECTS, judge
 from dcbench.analysis.statistics import wilson
 from dcbench.analysis.suite import Arm, Suite, arm_card
@@ -107,7 +107,7 @@ def run_suite(
                 measured = held_out_of(suite, arm, trained, seed, data)
                 row.add_held_out(measured)
             chosen = protocol.model_copy(update={"frame_stride": arm.frame_stride}) if arm.frame_stride else protocol
-            job = run.plan(card, dataset, chosen, data, folder / f"seed-{seed}", seed, limit, quiet=options.quiet)
+            job = planning.plan(card, dataset, chosen, data, folder / f"seed-{seed}", seed, limit, quiet=options.quiet)
             run.sample(job, options)
             found = run.score(job, options, metrics or suite.metrics, strict=bool(metrics))
             verdicts = judged(job)
@@ -149,7 +149,7 @@ def _folder(name: str) -> str:
 # ---- the shapes world: its own judge
 
 
-def judged(job: run.Job) -> dict[str, tuple[float, Interval]]:
+def judged(job: planning.Job) -> dict[str, tuple[float, Interval]]:
     """Shares of clips that show what their scene says, with Wilson intervals; nothing for other datasets."""
     finished = job.directory.finished_samples()
     rows = []

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcbench import run, scoring
+from dcbench import planning, run, scoring
 from dcbench.analysis.statistics import Comparison, compare_paired, compare_sets, holm
 from dcbench.catalogue import MetricCard, find_metric
 from dcbench.errors import UserError
@@ -63,7 +63,7 @@ def _compare_sets(
     built = scoring.build_metrics(metrics, options.runtime(), explicit=True)
     passes, order, groups = [], [], {}
     for path in paths:
-        job = run.reopen(path)
+        job = planning.reopen(path)
         order = [entry.id for entry in job.manifest if entry.id not in failed]
         groups = {entry.id: entry.group or entry.id for entry in job.manifest}
         passes.append(run.extract(job, options, built, FeatureCache()))

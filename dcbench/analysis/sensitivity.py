@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dcbench import run, scoring, video
+from dcbench import planning, run, scoring, video
 from dcbench.catalogue import find_metric
 from dcbench.clips import resize
 from dcbench.errors import UserError, near_match
@@ -26,7 +26,7 @@ from dcbench.progress import track
 from dcbench.record import ManifestItem
 from dcbench.seeding import generator
 
-Source = Callable[[run.Job, ManifestItem], Tensor]  # -> uint8 [t 3 h w]
+Source = Callable[[planning.Job, ManifestItem], Tensor]  # -> uint8 [t 3 h w]
 OTHER_FPS = 8.0
 CRF = 23  # H.264's default
 
@@ -84,11 +84,11 @@ def other_epsilon(base: I3DExtractor, epsilon: float) -> I3DExtractor:
 # Where the pixels come from ---------------------------------------------------------------------------------------
 
 
-def own_reference(job: run.Job, entry: ManifestItem) -> Tensor:
+def own_reference(job: planning.Job, entry: ManifestItem) -> Tensor:
     return run.reference_clip(job.items[entry.id], entry, job.protocol)[0]
 
 
-def own_generated(job: run.Job, entry: ManifestItem) -> Tensor:
+def own_generated(job: planning.Job, entry: ManifestItem) -> Tensor:
     row = job.directory.finished_samples().get(entry.id)
     if row is None:
         raise video.VideoError(f"no clip was generated for {entry.id}")
@@ -98,7 +98,7 @@ def own_generated(job: run.Job, entry: ManifestItem) -> Tensor:
 def resized(mode: str | None = None, antialias: bool | None = None) -> Source:
     """The reference at the protocol's size, by another resize."""
 
-    def read(job: run.Job, entry: ManifestItem) -> Tensor:
+    def read(job: planning.Job, entry: ManifestItem) -> Tensor:
         p = job.protocol
         clip, _ = video.read(job.items[entry.id].video, entry.frames)
         return resize(
@@ -116,7 +116,7 @@ def resized(mode: str | None = None, antialias: bool | None = None) -> Source:
 def at_stride(stride: int) -> Source:
     """As many reference frames from the same start, but `stride` apart."""
 
-    def read(job: run.Job, entry: ManifestItem) -> Tensor:
+    def read(job: planning.Job, entry: ManifestItem) -> Tensor:
         frames = [entry.frames[0] + stride * k for k in range(len(entry.frames))]
         clip, _ = video.read(job.items[entry.id].video, frames)
         return run.to_protocol_size(clip, job.protocol)
@@ -127,7 +127,7 @@ def at_stride(stride: int) -> Source:
 def at_fps(fps: float) -> Source:
     """As many reference frames from the same start, nearest in time to another frame rate."""
 
-    def read(job: run.Job, entry: ManifestItem) -> Tensor:
+    def read(job: planning.Job, entry: ManifestItem) -> Tensor:
         step = entry.fps * entry.frame_stride / fps
         frames = [entry.frames[0] + round(step * k) for k in range(len(entry.frames))]
         clip, _ = video.read(job.items[entry.id].video, frames)
@@ -136,11 +136,11 @@ def at_fps(fps: float) -> Source:
     return read
 
 
-def first_videos(job: run.Job) -> Source:
+def first_videos(job: planning.Job) -> Source:
     """In place of each clip's own reference one of the dataset's first videos in sorted order, from its first frame."""
     others = dict(zip((entry.id for entry in job.manifest), sorted(job.items), strict=False))
 
-    def read(job: run.Job, entry: ManifestItem) -> Tensor:
+    def read(job: planning.Job, entry: ManifestItem) -> Tensor:
         clip, _ = video.read(job.items[others[entry.id]].video, [frame - entry.frames[0] for frame in entry.frames])
         return run.to_protocol_size(clip, job.protocol)
 
@@ -148,7 +148,7 @@ def first_videos(job: run.Job) -> Source:
 
 
 def by_decoder(name: str) -> Source:
-    def read(job: run.Job, entry: ManifestItem) -> Tensor:
+    def read(job: planning.Job, entry: ManifestItem) -> Tensor:
         item = job.items[entry.id]
         assert isinstance(item.video, video.VideoFile)
         clip, _ = video.read(replace(item.video, decoder=name), entry.frames)
@@ -157,7 +157,7 @@ def by_decoder(name: str) -> Source:
     return read
 
 
-def through_mp4(job: run.Job, entry: ManifestItem) -> Tensor:
+def through_mp4(job: planning.Job, entry: ManifestItem) -> Tensor:
     """The generated clip as an H.264 file gives it back."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip.mp4"
@@ -168,7 +168,7 @@ def through_mp4(job: run.Job, entry: ManifestItem) -> Tensor:
 # The choices -------------------------------------------------------------------------------------------------------
 
 
-def choices(job: run.Job, base: I3DExtractor, i3d: Sequence[Path] = ()) -> list[Choice]:
+def choices(job: planning.Job, base: I3DExtractor, i3d: Sequence[Path] = ()) -> list[Choice]:
     """Every choice that makes sense for this run; `i3d`: other files of the network's weights."""
     p, device = job.protocol, str(next(base.network.parameters()).device)
     own: tuple[Source, Source] = (own_reference, own_generated)
@@ -281,7 +281,7 @@ def measure(
     `i3d`: other files of I3D's weights, each a choice of its own. Features are cached by pixels and extractor: a choice
     that changes no pixel costs nothing, nor does a second call.
     """
-    job = run.reopen(path)
+    job = planning.reopen(path)
     entries = job.manifest[:limit]
     if len(entries) < 4:
         raise UserError(f"{path} has {len(entries)} clips; at least 4 are needed to compare choices")
@@ -338,7 +338,7 @@ def _pairs(changed: tuple[float, float], own: tuple[float, float]) -> tuple[floa
 
 
 def _features(
-    job: run.Job, entries: Sequence[ManifestItem], choice: Choice, cache: FeatureCache, quiet: bool
+    job: planning.Job, entries: Sequence[ManifestItem], choice: Choice, cache: FeatureCache, quiet: bool
 ) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
     """(clip id, its two rows of features); clips that the choice cannot read are left out."""
     key = scoring.extractor_key(_Holder(choice.extractor))  # type: ignore[arg-type]

@@ -32,7 +32,8 @@ from dcbench.errors import UserError
 
 if TYPE_CHECKING:
     from dcbench.grid import Cell
-    from dcbench.run import Job, Options
+    from dcbench.planning import Job
+    from dcbench.run import Options
 
 
 def _prepare(
@@ -44,17 +45,17 @@ def _prepare(
     options: "Options",
     write: bool = True,
 ) -> "Job":
-    from dcbench import run as runner
+    from dcbench import planning
     from dcbench.catalogue import find_dataset, find_model, with_overrides
     from dcbench.protocol import find_protocol
 
     model, dataset = with_overrides(find_model(cell.model), list(cell.settings)), find_dataset(cell.dataset)
     chosen = find_protocol(protocol or dataset.protocol)
-    problems = runner.missing(model, dataset, cell.data) if options.offline else []
+    problems = planning.missing(model, dataset, cell.data) if options.offline else []
     if problems:
         problems.append("This works right now: dcbench run --model dynamicrafter-tiny --dataset shapes")
         raise UserError("\n\n".join(problems))
-    return runner.plan(
+    return planning.plan(
         model, dataset, chosen, cell.data, cell.out, seed, limit, manifest, quiet=options.quiet, write=write
     )
 
@@ -98,7 +99,7 @@ def run(
 
 
 def _first_rank() -> bool:
-    from dcbench.run import rank
+    from dcbench.ranks import rank
 
     return rank() == 0
 
@@ -122,11 +123,11 @@ def sample(
     options = run_options(device, dtype, batch_size, download)
     from dcbench import run as runner
     from dcbench.grid import Cell
+    from dcbench.ranks import rank
 
     job = _prepare(Cell(model, dataset, data, tuple(settings or ()), out), protocol, seed, limit, manifest, options)
-
     runner.sample(job, options)
-    if runner.rank() == 0:
+    if rank() == 0:
         print(f"{len(job.manifest)} clips of {job.model.name} lie in {job.directory.path / 'clips'}")
 
 
@@ -142,12 +143,13 @@ def score(
 ) -> None:
     """Score a run again, or a folder of videos against a folder of real ones."""
     options = run_options(device, None, 1, download)
+    from dcbench import planning
     from dcbench import run as runner
 
     if (generated / "plan.json").is_file():
         if reference:
             raise UserError(f"{generated} is a run: its reference clips are those of its plan; leave out --reference")
-        job = runner.reopen(generated, data)
+        job = planning.reopen(generated, data)
         runner.score(job, options, names(metrics))
         _report([generated], job.directory.report)
         return

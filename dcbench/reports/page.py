@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import Tensor
 
+from dcbench import planning
 from dcbench import run as runner
 from dcbench.errors import UserError
 from dcbench.record import ManifestItem, read_jsonl, read_manifest, write_text
@@ -72,10 +73,10 @@ class ClipSource:
     def __init__(self, runs: Sequence[Run]):
         self.runs = runs
         self.items = read_manifest(runs[0].path / "manifest.jsonl")
-        self.job: runner.Job | None = None
+        self.job: planning.Job | None = None
         self.missing = ""
         try:
-            self.job = runner.reopen(runs[0].path)
+            self.job = planning.reopen(runs[0].path)
         except UserError as error:  # the dataset may be gone, or the run may be a score of two folders
             self.missing = str(error).split("\n")[0]
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from dcbench import run
+from dcbench import planning, run
 from dcbench.analysis.ablation import arm_recipe, rebuild, run_suite
 from dcbench.analysis.suite import Suite
 from dcbench.catalogue import ModelCard, find_dataset, find_model
@@ -95,7 +95,7 @@ def both(suite, out, **changes):
 
 
 def test_sampled_arms_share_their_clips_and_resume(tmp_path):
-    still = run.plan(
+    still = planning.plan(
         find_model("still"), find_dataset("shapes"), find_protocol("smoke"), out=tmp_path / "still", limit=2
     )
     run.sample(still, QUIET)

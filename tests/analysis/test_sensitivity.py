@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dcbench import run
+from dcbench import planning, run
 from dcbench.analysis import sensitivity
 from dcbench.catalogue import find_dataset, find_model
 from dcbench.errors import UserError
@@ -44,7 +44,7 @@ def zoomed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "zoom"
     update = {"height": 48, "width": 64, "frame_stride": 2, "start": "first", "datasets": {}}
     protocol = find_protocol("smoke").model_copy(update=update)
-    job = run.plan(find_model("zoom"), find_dataset("shapes"), protocol, out=out, limit=6, quiet=True)
+    job = planning.plan(find_model("zoom"), find_dataset("shapes"), protocol, out=out, limit=6, quiet=True)
     run.sample(job, QUIET)
     return out
 
@@ -71,7 +71,7 @@ def test_every_choice_is_measured_and_most_move_the_value(zoomed: Path) -> None:
 
 
 def test_the_base_is_the_runs_own_score(zoomed: Path, tmp_path: Path) -> None:
-    job = run.reopen(zoomed)
+    job = planning.reopen(zoomed)
     extractor = SmallI3D()
     real, made = (
         extractor.extract([source(job, entry) for entry in job.manifest])
@@ -92,7 +92,7 @@ def test_another_file_of_weights_is_a_choice(zoomed: Path, tmp_path: Path) -> No
     names = [f"i3d-file-{file.name}" for file in files]
     result = sensitivity.measure(zoomed, QUIET, only=names, limit=4, i3d=files)
     same, rounded = result.rows
-    job = run.reopen(zoomed)
+    job = planning.reopen(zoomed)
     real, made = (
         i3d.extract([source(job, entry) for entry in job.manifest[:4]])
         for source in (sensitivity.own_reference, sensitivity.own_generated)
@@ -103,7 +103,7 @@ def test_another_file_of_weights_is_a_choice(zoomed: Path, tmp_path: Path) -> No
 
 def test_a_reference_of_the_datasets_first_videos(zoomed: Path) -> None:
     """Its frames are the first videos' own, from their first frame on, at the run's stride."""
-    job = run.reopen(zoomed)
+    job = planning.reopen(zoomed)
     first = sorted(job.items)[: len(job.manifest)]
     assert sorted(entry.id for entry in job.manifest) != first
     read = sensitivity.first_videos(job)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from dcbench import run, video
+from dcbench import planning, run, video
 from dcbench.catalogue import find_dataset, find_model, with_overrides
 from dcbench.cli import main
 from dcbench.errors import UserError
@@ -97,16 +97,16 @@ def program(tmp_path: Path, other_python: str):
     return made
 
 
-def plan(program, limit: int = 4) -> run.Job:
+def plan(program, limit: int = 4) -> planning.Job:
     protocol = find_protocol("smoke").model_copy(update={"height": 32, "width": 32, "datasets": {}})
     card = find_model(program.card)
-    return run.plan(card, find_dataset("shapes"), protocol, out=program.folder / "run", limit=limit, quiet=True)
+    return planning.plan(card, find_dataset("shapes"), protocol, out=program.folder / "run", limit=limit, quiet=True)
 
 
 QUIET = run.Options(device="cpu", quiet=True)
 
 
-def is_right(job: run.Job) -> bool:
+def is_right(job: planning.Job) -> bool:
     """Every clip is there, and is that of its own request."""
     rows = job.directory.finished_samples()
     clips = {entry.id: run.generated_clip(job, entry, rows[entry.id]) for entry in job.manifest}
