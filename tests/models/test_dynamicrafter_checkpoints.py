@@ -1,6 +1,7 @@
 """Released files of every layout load; wrong, cut or unsafe ones say what is wrong with them."""
 
 import dataclasses
+import hashlib
 import json
 import pickle
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from dcbench.models.dynamicrafter import convert
 from dcbench.models.dynamicrafter.config import VARIANTS, Config
 from dcbench.models.dynamicrafter.load import load
 from dcbench.models.dynamicrafter.networks import Networks
+from dcbench.training.recipe import find_recipe
 
 
 @pytest.fixture(autouse=True)
@@ -198,3 +200,12 @@ def test_missing_weights_say_size_licence_and_place(card: ModelCard):
     card = card.model_copy(update={"options": {"variant": "256"}, "weights": (source,)})
     with pytest.raises(UserError, match=r"10\.44 GB, licence: research"):
         load(card, dataclasses.replace(Runtime(), offline=True))
+
+
+def test_the_shipped_tiny_weights_are_those_of_their_card() -> None:
+    folder = Path(convert.__file__).parent / "tiny"
+    sha256 = hashlib.sha256((folder / "weights.safetensors").read_bytes()).hexdigest()
+    assert f"| sha256 | {sha256} |" in (folder / "README.md").read_text(encoding="utf-8")
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 25e6
+    logged = {json.loads(line)["stage"] for line in (folder / "log.jsonl").read_text().splitlines()}
+    assert logged == {stage.name for stage in find_recipe(str(folder / "recipe.toml")).stages}
