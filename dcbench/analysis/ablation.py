@@ -4,7 +4,7 @@
 <out>/<arm>/training-<s>/ training suites: the arm's own stages, from <out>/shared
 <out>/stages/             stages that several arms have in common, trained once
 <out>/suite.json, table.{md,csv}, curves-<metric>.png   `rebuild` makes the last ones from the records alone
-<out>/frames-<group>-<n>.png   one clip as every arm made it
+<out>/frames-<group>-<n>.png   two clips as every arm made them
 """
 
 import csv
@@ -276,20 +276,25 @@ def show(summary: tuple[float, Interval] | None) -> str:
 
 
 def draw_frames(suite: Suite, out: Path, seed: int) -> None:
-    """One clip as the arms made it, as in the paper's Fig. 2 (right); a picture for each group of a sweep."""
+    """Two clips as the arms made them, as in the paper's Fig. 2 (right); a picture for each group of a sweep."""
     groups: dict[str, list[Arm]] = {}
     for arm in suite.arms:
         groups.setdefault(arm.group if arm.x is not None else suite.name, []).append(arm)
     for group, arms in groups.items():
         names = {out / _folder(arm.name) / f"seed-{seed}": arm.name for arm in arms}
-        for number, same_clips in enumerate(group_runs(load_runs(list(names))), 1):
+        number = 0
+        for same_clips in group_runs(load_runs(list(names))):
             source = ClipSource(same_clips)
-            (item,) = spread(source.items, 1)
-            clips = source.read(item)
-            rows = [(names[run.path], clips.generated[run.path]) for run in same_clips if run.path in clips.generated]
-            if clips.reference is not None:
-                rows.insert(0, ("real", clips.reference))
-            frame_grid(out / f"frames-{_folder(group)}-{number}.png", rows, clips.image, f"{item.id}: {item.prompt}")
+            for item in spread(source.items, 2):
+                clips, number = source.read(item), number + 1
+                rows = [
+                    (names[run.path], clips.generated[run.path]) for run in same_clips if run.path in clips.generated
+                ]
+                if clips.reference is not None:
+                    rows.insert(0, ("real", clips.reference))
+                frame_grid(
+                    out / f"frames-{_folder(group)}-{number}.png", rows, clips.image, f"{item.id}: {item.prompt}"
+                )
 
 
 def draw_curves(suite: Suite, rows: Sequence[Row], metrics: Sequence[str], out: Path) -> None:
