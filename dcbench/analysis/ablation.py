@@ -26,11 +26,11 @@ from dcbench.errors import UserError
 from dcbench.models.dynamicrafter.load import read_config
 from dcbench.protocol import Protocol
 from dcbench.record import Record, digest, read_record, write_text
-from dcbench.reports.figures import Curve, curves, frame_grid
-from dcbench.reports.page import ClipSource, group_runs, spread
+from dcbench.reports import write_frames
+from dcbench.reports.figures import Curve, curves
 from dcbench.reports.tables import load_runs
 from dcbench.training.held_out import SWAPS, HeldOut, held_out
-from dcbench.training.networks import build
+from dcbench.training.networks import PREFIXES, build
 from dcbench.training.recipe import Recipe, find_recipe
 from dcbench.training.run import run as train
 from dcbench.training.start import begin
@@ -168,14 +168,7 @@ def judged(job: planning.Job) -> dict[str, tuple[float, Interval]]:
 def arm_recipe(suite: Suite, arm: Arm, seed: int) -> Recipe:
     """The suite's recipe with the suite's and the arm's changes and this seed; unknown stages and fields are errors."""
     recipe = find_recipe(suite.recipe)
-    changes = {
-        stage.name: {**suite.stages.get(stage.name, {}), **arm.stages.get(stage.name, {})}
-        for stage in recipe.stages
-        if stage.name not in arm.without
-    }
-    for name in (*suite.stages, *arm.stages):
-        recipe.stage(name)
-    return recipe.varied(changes, arm.without, seed=recipe.seed + seed)
+    return recipe.varied(suite.stages).varied(arm.stages, arm.without, seed=recipe.seed + seed)
 
 
 def train_arm(suite: Suite, arm: Arm, out: Path, folder: Path, seed: int, data: Path | None) -> Path:
@@ -222,10 +215,7 @@ def held_out_of(suite: Suite, arm: Arm, trained: Path, seed: int, data: Path | N
     if not path.is_file():
         recipe = arm_recipe(suite, arm, seed)
         networks = build(read_config(trained), 0)
-        begin(networks, load_tensors(trained / "weights.safetensors"), ("unet", "query_transformer"), "dynamicrafter")
-        begin(
-            networks, load_tensors(trained / "weights.safetensors"), ("autoencoder", "text", "image"), "dynamicrafter"
-        )
+        begin(networks, load_tensors(trained / "weights.safetensors"), tuple(PREFIXES), "dynamicrafter")
         measured = held_out(networks, recipe, recipe.stages[-1], clips=suite.held_out_clips, data_root=data)
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(vars(measured), indent=1))
@@ -281,20 +271,8 @@ def draw_frames(suite: Suite, out: Path, seed: int) -> None:
     for arm in suite.arms:
         groups.setdefault(arm.group if arm.x is not None else suite.name, []).append(arm)
     for group, arms in groups.items():
-        names = {out / _folder(arm.name) / f"seed-{seed}": arm.name for arm in arms}
-        number = 0
-        for same_clips in group_runs(load_runs(list(names))):
-            source = ClipSource(same_clips)
-            for item in spread(source.items, 2):
-                clips, number = source.read(item), number + 1
-                rows = [
-                    (names[run.path], clips.generated[run.path]) for run in same_clips if run.path in clips.generated
-                ]
-                if clips.reference is not None:
-                    rows.insert(0, ("real", clips.reference))
-                frame_grid(
-                    out / f"frames-{_folder(group)}-{number}.png", rows, clips.image, f"{item.id}: {item.prompt}"
-                )
+        labels = {out / _folder(arm.name) / f"seed-{seed}": arm.name for arm in arms}
+        write_frames(load_runs(list(labels)), labels, out, f"frames-{_folder(group)}")
 
 
 def draw_curves(suite: Suite, rows: Sequence[Row], metrics: Sequence[str], out: Path) -> None:

@@ -1,6 +1,6 @@
 """Reports: tables, figures and a page of clips, made from the records and clips of runs and from nothing else."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dcbench.record import write_text
@@ -32,14 +32,14 @@ def write_report(runs: Sequence[Path], to: Path) -> str:
     write_text(to / "table.md", text + (f"\n{costs_to_markdown(taken)}" if taken else ""))
     write_text(to / "table.tex", to_latex(table))
     write_text(to / "table.csv", to_csv(found))
-    write_page(loaded, table, taken, [*_grids(loaded, to), *_cost_plots(loaded, to), *_extrapolations(loaded, to)], to)
+    figures = [*write_frames(loaded, name_runs(loaded), to, "frames"), *_cost_plots(loaded, to)]
+    write_page(loaded, table, taken, [*figures, *_extrapolations(loaded, to)], to)
     return text
 
 
-def _grids(runs: Sequence[Run], to: Path) -> list[tuple[str, str]]:
-    """Frames of a few clips, reference above and a row for each run."""
+def write_frames(runs: Sequence[Run], labels: Mapping[Path, str], to: Path, stem: str) -> list[tuple[str, str]]:
+    """Frames of a few clips, reference above and a row for each run; returns each picture's file and what it shows."""
     figures = []
-    labels = name_runs(runs)
     for group in group_runs(runs):
         source = ClipSource(group)
         for item in spread(source.items, GRIDS):
@@ -47,7 +47,7 @@ def _grids(runs: Sequence[Run], to: Path) -> list[tuple[str, str]]:
             rows = [("reference", clips.reference)] if clips.reference is not None else []
             rows += [(labels[run.path], clips.generated[run.path]) for run in group if run.path in clips.generated]
             if rows:
-                file = f"frames-{len(figures) + 1}.png"
+                file = f"{stem}-{len(figures) + 1}.png"
                 frame_grid(to / file, rows, clips.image, f"{item.id}: {item.prompt}" if item.prompt else item.id)
                 figures.append((file, f"{item.id}: {item.prompt}"))
     return figures
