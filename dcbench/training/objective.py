@@ -21,48 +21,49 @@ class Pool(Protocol):
     def random_batch(self, size: int, rng: torch.Generator) -> Batch: ...
 
 
-class AutoencoderTask(Task):
-    """Rebuild single frames: |x - y| + (x - y)^2 + kl_weight * KL per value of the frame.
+@dataclass(frozen=True)
+class Rebuilding:
+    """How an autoencoder's rebuilt frames are judged while it learns.
 
-    `detail_weight`: a pixel counts 1 + detail_weight * its distance to the frame's mean colour, so that small objects
-    on large flat grounds are learned too. `edge_weight` adds that times the mean |difference of neighbours in x - y|:
-    sharp edges, even grounds. `decoder_only` leaves the latents as they are; `latent_noise` is the standard deviation
-    of what is added to those that the decoder sees, beside the posterior's own.
+    detail_weight: a pixel counts 1 + detail_weight * its distance to the frame's mean colour, so that small objects on
+    large flat grounds are learned too. edge_weight adds that times the mean |difference of neighbours in x - y|: sharp
+    edges, even grounds. latent_noise: standard deviation of what is added to the latents that the decoder sees, beside
+    the posterior's own. decoder_only leaves the latents as they are.
     """
 
-    def __init__(
-        self,
-        networks: Networks,
-        pool: Pool,
-        kl_weight: float,
-        detail_weight: float = 0.0,
-        edge_weight: float = 0.0,
-        latent_noise: float = 0.0,
-        decoder_only: bool = False,
-    ) -> None:
+    kl_weight: float = 1e-6
+    detail_weight: float = 0.0
+    edge_weight: float = 0.0
+    latent_noise: float = 0.0
+    decoder_only: bool = False
+
+
+class AutoencoderTask(Task):
+    """Rebuild single frames: |x - y| + (x - y)^2 + kl_weight * KL per value of the frame."""
+
+    def __init__(self, networks: Networks, pool: Pool, rebuilding: Rebuilding) -> None:
         super().__init__()
         self.autoencoder = networks.autoencoder.requires_grad_(True)
-        if decoder_only:
+        if rebuilding.decoder_only:
             self.autoencoder.encoder.requires_grad_(False)
             self.autoencoder.quant_conv.requires_grad_(False)
-        self.pool, self.kl_weight, self.detail_weight = pool, kl_weight, detail_weight
-        self.edge_weight, self.latent_noise = edge_weight, latent_noise
+        self.pool, self.rebuilding = pool, rebuilding
 
     def forward(self, batch_size: int, rng: torch.Generator) -> dict[str, Tensor]:
-        device = next(self.autoencoder.parameters()).device
+        device, r = next(self.autoencoder.parameters()).device, self.rebuilding
         frames = self.pool.random_batch(batch_size, rng).frames
         pick = torch.randint(frames.shape[1], (batch_size,), generator=rng)
         x = clips.to_float(frames[torch.arange(batch_size), pick]).to(device)
         posterior = self.autoencoder.encode(x)
         latents = posterior.sample(torch.randn(posterior.mean.shape, generator=rng).to(device))
-        if self.latent_noise:
-            latents = latents + self.latent_noise * torch.randn(latents.shape, generator=rng).to(device)
+        if r.latent_noise:
+            latents = latents + r.latent_noise * torch.randn(latents.shape, generator=rng).to(device)
         error = self.autoencoder.decode(latents) - x
-        weight = 1 + self.detail_weight * (x - x.mean((2, 3), keepdim=True)).abs().mean(1, keepdim=True)
+        weight = 1 + r.detail_weight * (x - x.mean((2, 3), keepdim=True)).abs().mean(1, keepdim=True)
         mse, kl = error.square().mean(), posterior.kl().mean() / x[0].numel()
-        loss = (weight * (error.abs() + error.square())).mean() + self.kl_weight * kl
-        if self.edge_weight:
-            loss = loss + self.edge_weight * (error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean())
+        loss = (weight * (error.abs() + error.square())).mean() + r.kl_weight * kl
+        if r.edge_weight:
+            loss = loss + r.edge_weight * (error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean())
         return {"loss": loss, "psnr": -10 * torch.log10(mse.detach() / 4), "kl": kl}
 
 

@@ -10,7 +10,7 @@ from dcbench.catalogue import Facts, read_toml, validate
 from dcbench.errors import UserError, near_match
 from dcbench.models.dynamicrafter.config import Config, variant
 from dcbench.training.loop import LoopConfig
-from dcbench.training.objective import Conditions
+from dcbench.training.objective import Conditions, Rebuilding
 from dcbench.training.start import Layout
 
 FOLDER = Path(__file__).parent / "recipes"
@@ -40,7 +40,7 @@ class Start(Facts):
 
 
 class Stage(Facts):
-    """One stage. The fields of LoopConfig and Conditions, under their names, and what is learned."""
+    """One stage. The fields of LoopConfig, Conditions and Rebuilding, under their names, and what is learned."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
     objective: Literal["autoencoder", "clip", "diffusion"] = "diffusion"
@@ -88,6 +88,9 @@ class Stage(Facts):
 
     def conditions(self) -> Conditions:
         return Conditions(**{name: getattr(self, name) for name in Conditions.__dataclass_fields__})
+
+    def rebuilding(self) -> Rebuilding:
+        return Rebuilding(**{name: getattr(self, name) for name in Rebuilding.__dataclass_fields__})
 
 
 class Recipe(Facts):

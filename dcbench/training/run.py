@@ -85,7 +85,10 @@ def run(
                 plot_log(logs, out / "loss.png")
             if process.world > 1:  # nobody asks for the stage's files before they are there
                 dist.barrier()
-        if process.first and all((out / stage.name / "weights.safetensors").is_file() for stage in recipe.stages):
+        finished = [(out / stage.name / "weights.safetensors", stage) for stage in recipe.stages]
+        if process.first and all(path.is_file() for path, _ in finished):
+            for path, stage in finished:  # some of them another process may have trained meanwhile
+                _load_stage(networks, path, stage)
             export(networks, out)
         return True
 
@@ -105,9 +108,9 @@ def _read(start: Start) -> dict[str, Tensor]:
 
 
 def _check_earlier(recipe: Recipe, stage: Stage, out: Path) -> None:
-    """Diffusion stages need everything before them; the autoencoder's and CLIP's stages only their own kind."""
+    """Diffusion stages need all before them but the decoder's own; the autoencoder's and CLIP's only their own kind."""
     for earlier in recipe.stages[: recipe.stages.index(stage)]:
-        needed = stage.objective in ("diffusion", earlier.objective)
+        needed = stage.objective == earlier.objective or (stage.objective == "diffusion" and not earlier.decoder_only)
         if needed and not (out / earlier.name / "weights.safetensors").is_file():
             raise UserError(f"stage {stage.name} needs stage {earlier.name}, which is not finished in {out}")
 
@@ -123,15 +126,7 @@ def make_task(stage: Stage, networks: Networks, pool: Pool) -> Task:
     """The stage's objective over `pool`, with exactly its parameters trainable."""
     freeze(networks)
     if stage.objective == "autoencoder":
-        return AutoencoderTask(
-            networks,
-            pool,
-            stage.kl_weight,
-            stage.detail_weight,
-            stage.edge_weight,
-            stage.latent_noise,
-            stage.decoder_only,
-        )
+        return AutoencoderTask(networks, pool, stage.rebuilding())
     if stage.objective == "clip":
         return ContrastiveTask(networks, pool, stage.last_frames)
     return DiffusionTask(

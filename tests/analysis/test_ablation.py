@@ -6,8 +6,9 @@ import shutil
 import pytest
 
 from dcbench import planning, run
-from dcbench.analysis.ablation import arm_recipe, rebuild, run_suite
+from dcbench.analysis.ablation import rebuild, run_suite
 from dcbench.analysis.suite import Suite
+from dcbench.analysis.trained_arms import arm_recipe
 from dcbench.catalogue import ModelCard, find_dataset, find_model
 from dcbench.protocol import find_protocol
 from dcbench.training.run import run as train

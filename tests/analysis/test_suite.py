@@ -2,10 +2,11 @@
 
 import pytest
 
-from dcbench.analysis.ablation import Row, arm_recipe, show, write_table
 from dcbench.analysis.lambda_probe import profile, published_profile, sweep, table, write_profile
 from dcbench.analysis.statistics import wilson
 from dcbench.analysis.suite import Arm, arm_card, find_suite, layer_group, load_scaled, suites
+from dcbench.analysis.suite_table import Row, show, write_table
+from dcbench.analysis.trained_arms import arm_recipe
 from dcbench.catalogue import ModelCard
 from dcbench.errors import UserError
 from dcbench.models.base import Runtime

@@ -8,7 +8,7 @@ from dcbench.datasets.shapes import Shapes
 from dcbench.training.data import ClipPool
 from dcbench.training.held_out import held_out
 from dcbench.training.networks import build, text_tokens
-from dcbench.training.objective import AutoencoderTask, Conditions, ContrastiveTask, DiffusionTask
+from dcbench.training.objective import AutoencoderTask, Conditions, ContrastiveTask, DiffusionTask, Rebuilding
 from dcbench.training.recipe import Recipe
 
 ROLES = ("context", "spatial")
@@ -141,14 +141,14 @@ def test_held_out_loss_is_fixed_and_an_unused_condition_costs_nothing(networks, 
 
 def test_details_weigh_more_and_the_latents_may_stay(networks, pool):
     rng = torch.Generator().manual_seed(0)
-    flat = AutoencoderTask(networks, pool, 0.0)(8, rng.manual_seed(0))
-    detail = AutoencoderTask(networks, pool, 0.0, detail_weight=10.0)(8, rng.manual_seed(0))
+    flat = AutoencoderTask(networks, pool, Rebuilding(kl_weight=0.0))(8, rng.manual_seed(0))
+    detail = AutoencoderTask(networks, pool, Rebuilding(kl_weight=0.0, detail_weight=10.0))(8, rng.manual_seed(0))
     assert detail["loss"] > flat["loss"] and torch.equal(detail["psnr"], flat["psnr"])
-    edges = AutoencoderTask(networks, pool, 0.0, edge_weight=1.0)(8, rng.manual_seed(0))
+    edges = AutoencoderTask(networks, pool, Rebuilding(kl_weight=0.0, edge_weight=1.0))(8, rng.manual_seed(0))
     assert edges["loss"] > flat["loss"] and torch.equal(edges["psnr"], flat["psnr"])
-    noisy = AutoencoderTask(networks, pool, 0.0, latent_noise=1.0)(8, rng.manual_seed(0))
+    noisy = AutoencoderTask(networks, pool, Rebuilding(kl_weight=0.0, latent_noise=1.0))(8, rng.manual_seed(0))
     assert not torch.equal(noisy["loss"], flat["loss"]) and torch.equal(noisy["kl"], flat["kl"])
-    task = AutoencoderTask(networks, pool, 0.0, decoder_only=True)
+    task = AutoencoderTask(networks, pool, Rebuilding(kl_weight=0.0, decoder_only=True))
     trained = {name for name, p in task.named_parameters() if p.requires_grad}
     assert trained and all(".decoder." in name or ".post_quant_conv." in name for name in trained)
 

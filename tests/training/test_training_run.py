@@ -103,11 +103,17 @@ def test_other_settings_do_not_continue_a_run(make_recipe, tmp_path):
 
 
 def test_independent_stages_may_lie_in_one_directory(make_recipe, tmp_path):
-    recipe = make_recipe(
-        {"name": "autoencoder", "objective": "autoencoder"}, {"name": "clip", "objective": "clip"}, JOINT
-    )
+    """CLIP before the autoencoder, and the decoder's own stage by another process while the U-Net learns."""
+    autoencoder = {"name": "autoencoder", "objective": "autoencoder"}
+    sharpen = {"name": "sharpen", "objective": "autoencoder", "decoder_only": True}
+    recipe = make_recipe(autoencoder, sharpen, {"name": "clip", "objective": "clip"}, JOINT)
+
+    def meanwhile(stage, step, steps, line):
+        if stage == "joint" and step == 1:
+            run(recipe, tmp_path / "a", device="cpu", stages=("sharpen",))
+
     run(recipe, tmp_path / "a", device="cpu", stages=("clip",))
-    run(recipe, tmp_path / "a", device="cpu", stages=("autoencoder", "joint"))
+    run(recipe, tmp_path / "a", device="cpu", stages=("autoencoder", "joint"), progress=meanwhile)
     run(recipe, tmp_path / "b", device="cpu")
     a, b = (load_tensors(tmp_path / name / "weights.safetensors") for name in "ab")
     assert all(torch.equal(a[name], b[name]) for name in a)

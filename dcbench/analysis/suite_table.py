@@ -1,0 +1,113 @@
+"""A suite's results: a row an arm with every seed's numbers; one table and its curves."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dcbench.analysis.suite import Arm, Suite
+from dcbench.record import Record
+from dcbench.reports.figures import Curve, curves
+from dcbench.training.held_out import SWAPS, HeldOut
+from dcbench.weights import atomic_write
+
+Interval = tuple[float, float] | None
+
+
+@dataclass
+class Row:
+    """An arm's numbers: by metric, a value and its interval for each seed."""
+
+    arm: Arm
+    scores: dict[str, list[tuple[float, Interval]]] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)  # metrics that could not be computed
+    clips: int = 0
+
+    def add(self, metric: str, value: float, interval: Interval) -> None:
+        self.scores.setdefault(metric, []).append((value, interval))
+
+    def add_scores(self, record: Record, verdicts: Mapping[str, tuple[float, Interval]]) -> None:
+        """A finished run's scores and what the judge says of its clips."""
+        for name, score in record.scores.items():
+            if score.value is None:
+                self.reasons[name] = score.reason or "no reason given"
+            else:
+                self.add(name, score.value, score.ci95)
+        for name, (value, interval) in verdicts.items():
+            self.add(name, value, interval)
+        self.clips = record.n_planned
+
+    def add_held_out(self, measured: HeldOut) -> None:
+        half = 1.96 * measured.error
+        self.add("held_out_loss", measured.loss, (measured.loss - half, measured.loss + half))
+        for swap in SWAPS:
+            self.add(f"swap_{swap}", measured.reliance(swap), None)
+
+    def summary(self, metric: str) -> tuple[float, Interval] | None:
+        """Mean over seeds; the interval of a single seed, or the span of all seeds' intervals."""
+        found = self.scores.get(metric)
+        if not found:
+            return None
+        ends = [end for value, interval in found for end in (interval or (value, value))]
+        interval = (min(ends), max(ends)) if len(found) > 1 or found[0][1] else None
+        return sum(value for value, _ in found) / len(found), interval
+
+
+def write_table(suite: Suite, rows: Sequence[Row], out: Path, seeds: Sequence[int]) -> str:
+    """table.md, table.csv, arms.json and curves; returns the Markdown."""
+    out.mkdir(parents=True, exist_ok=True)
+    metrics = list(dict.fromkeys(name for row in rows for name in (*row.scores, *row.reasons)))
+    paper = sorted({name for arm in suite.arms for name in arm.published})
+    head = ["arm", "meaning", *metrics, *(f"{name} ({suite.published})" for name in paper)]
+    body = []
+    for row in rows:
+        cells = [show(row.summary(name)) for name in metrics]
+        body.append([row.arm.name, row.arm.meaning, *cells, *(f"{row.arm.published.get(n, '')}" for n in paper)])
+    text = [f"# {suite.title}", "", suite.note, ""]
+    many = "intervals span the seeds' own 95 % intervals" if len(seeds) > 1 else "95 % intervals"
+    text += [f"{rows[0].clips if rows else 0} clips an arm, seeds {', '.join(map(str, seeds))}; {many}.", ""]
+    text += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    text += ["| " + " | ".join(cells) + " |" for cells in body]
+    reasons = {name: reason for row in rows for name, reason in row.reasons.items()}
+    text += [f"\nNot computed: {name}: {reason}" for name, reason in reasons.items()]
+    markdown = "\n".join(text) + "\n"
+    with atomic_write(out / "table.md") as temporary:
+        temporary.write_text(markdown)
+    sheet = io.StringIO()
+    writer = csv.writer(sheet)
+    writer.writerow(["arm", "group", "x", "metric", "seed", "value", "low", "high"])
+    for row in rows:
+        for name, found in row.scores.items():
+            for seed, (value, interval) in zip(seeds, found, strict=False):
+                writer.writerow([row.arm.name, row.arm.group, row.arm.x, name, seed, value, *(interval or ("", ""))])
+    with atomic_write(out / "table.csv") as temporary:
+        temporary.write_text(sheet.getvalue())
+    draw_curves(suite, rows, metrics, out)
+    return markdown
+
+
+def show(summary: tuple[float, Interval] | None) -> str:
+    if summary is None:
+        return ""
+    value, interval = summary
+    return f"{value:.4g}" + (f" [{interval[0]:.3g}, {interval[1]:.3g}]" if interval else "")
+
+
+def draw_curves(suite: Suite, rows: Sequence[Row], metrics: Sequence[str], out: Path) -> None:
+    """For arms with a place on an axis: one picture a metric, a line a group."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.arm.x is not None:
+            groups.setdefault(row.arm.group, []).append(row)
+    for metric in metrics:
+        lines: dict[str, Curve] = {}
+        for group, members in groups.items():
+            points = [(row.arm.x, *s) for row in members if row.arm.x is not None and (s := row.summary(metric))]
+            if len(points) < 2:
+                continue
+            band = [interval or (value, value) for _, value, interval in points]
+            x, y = [point[0] for point in points], [point[1] for point in points]
+            lines[group] = Curve(x, y, [low for low, _ in band], [high for _, high in band])
+        if lines:
+            curves(out / f"curves-{metric}.png", lines, suite.x_label, metric, title=suite.title)
