@@ -246,6 +246,20 @@ def test_frechet_infinity_removes_most_of_the_bias() -> None:
     assert abs(np.mean(limit) - 3) < 0.35
 
 
+def test_frechet_infinity_beside_the_original_definition(recorded: tuple) -> None:
+    """Chong & Forsyth thin the generated set alone and draw a straight line (the table in docs/metrics.md)."""
+    real, generated = (side.double() for side in case(recorded[0], "logits_first32_N>d"))
+    assert fn.frechet_infinity(real, generated).value == pytest.approx(18.233, abs=1e-3)
+    assert fn.frechet_infinity(real, generated, order=1).value == pytest.approx(31.700, abs=1e-3)
+    sizes, found = np.linspace(len(generated) // 4, len(generated), 15).astype(int), []
+    for seed in range(200):
+        random = np.random.default_rng(seed)
+        subsets = [generated[torch.from_numpy(random.choice(len(generated), size, replace=False))] for size in sizes]
+        values = [fn.frechet_distance(real, subset) for subset in subsets]
+        found.append(np.polyfit(1 / sizes, values, 1)[1])
+    assert np.mean(found) == pytest.approx(33.0, abs=0.1)  # 33.02, with a spread of 3.6 over the draws
+
+
 def test_frechet_infinity_reports_its_fit_and_its_interval() -> None:
     real, generated = gaussian(200, 0), gaussian(150, 1, shift=0.5)
     fit = fn.frechet_infinity(real, generated, fn.make_blocks(200, blocks=8))
