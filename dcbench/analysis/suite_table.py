@@ -55,7 +55,7 @@ class Row:
 
 
 def write_table(suite: Suite, rows: Sequence[Row], out: Path, seeds: Sequence[int]) -> str:
-    """table.md, table.csv, arms.json and curves; returns the Markdown."""
+    """table.md, table.csv and curves; returns the Markdown."""
     out.mkdir(parents=True, exist_ok=True)
     metrics = list(dict.fromkeys(name for row in rows for name in (*row.scores, *row.reasons)))
     paper = sorted({name for arm in suite.arms for name in arm.published})

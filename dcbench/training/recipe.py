@@ -1,8 +1,9 @@
 """Recipes: the stages of a training as data. An unknown key is an error."""
 
+import dataclasses
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
@@ -15,6 +16,7 @@ from dcbench.training.start import Layout
 
 FOLDER = Path(__file__).parent / "recipes"
 Role = Literal["context", "spatial", "temporal"]
+Part = TypeVar("Part", LoopConfig, Conditions, Rebuilding)
 
 
 class Data(Facts):
@@ -84,13 +86,17 @@ class Stage(Facts):
     last_frames: float = Field(0.0, ge=0, le=1)
 
     def loop(self) -> LoopConfig:
-        return LoopConfig(**{name: getattr(self, name) for name in LoopConfig.__dataclass_fields__})
+        return self._as(LoopConfig)
 
     def conditions(self) -> Conditions:
-        return Conditions(**{name: getattr(self, name) for name in Conditions.__dataclass_fields__})
+        return self._as(Conditions)
 
     def rebuilding(self) -> Rebuilding:
-        return Rebuilding(**{name: getattr(self, name) for name in Rebuilding.__dataclass_fields__})
+        return self._as(Rebuilding)
+
+    def _as(self, kind: type[Part]) -> Part:
+        """The fields that a dataclass has, under their names."""
+        return kind(**{field.name: getattr(self, field.name) for field in dataclasses.fields(kind)})
 
 
 class Recipe(Facts):
