@@ -1,6 +1,6 @@
 """What the stages learn: to rebuild frames, to match pictures and captions, to remove noise from clips."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from typing import Literal, Protocol
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcbench import clips
-from dcbench.models.diffusion import make_schedule, training_pair
+from dcbench.models.diffusion import make_schedule, to_eps_and_x0, training_pair
 from dcbench.models.dynamicrafter.networks import Networks
 from dcbench.models.dynamicrafter.unet import parameter_role
 from dcbench.training.data import Batch
@@ -28,7 +28,8 @@ class Rebuilding:
     detail_weight: a pixel counts 1 + detail_weight * its distance to the frame's mean colour, so that small objects on
     large flat grounds are learned too. edge_weight adds that times the mean |difference of neighbours in x - y|: sharp
     edges, even grounds. latent_noise: standard deviation of what is added to the latents that the decoder sees, beside
-    the posterior's own. decoder_only leaves the latents as they are.
+    the posterior's own. decoder_only leaves the latents as they are. predicted_latents: share of the frames that are
+    rebuilt from what the U-Net makes of their noisy latents; a decoder learns so to straighten its errors.
     """
 
     kl_weight: float = 1e-6
@@ -36,26 +37,43 @@ class Rebuilding:
     edge_weight: float = 0.0
     latent_noise: float = 0.0
     decoder_only: bool = False
+    predicted_latents: float = 0.0
+
+
+FRAMES_OF_A_PREDICTION = 4  # the U-Net predicts whole clips; so many frames of each, and not all, for variety
 
 
 class AutoencoderTask(Task):
     """Rebuild single frames: |x - y| + (x - y)^2 + kl_weight * KL per value of the frame."""
 
-    def __init__(self, networks: Networks, pool: Pool, rebuilding: Rebuilding) -> None:
+    def __init__(
+        self,
+        networks: Networks,
+        pool: Pool,
+        rebuilding: Rebuilding,
+        predict: Callable[[Batch, torch.Generator], Tensor] | None = None,
+    ) -> None:
+        """`predict`: clips -> their latents as the U-Net predicts them [b, t, c, h / f, w / f], unscaled."""
         super().__init__()
         self.autoencoder = networks.autoencoder.requires_grad_(True)
         if rebuilding.decoder_only:
             self.autoencoder.encoder.requires_grad_(False)
             self.autoencoder.quant_conv.requires_grad_(False)
-        self.pool, self.rebuilding = pool, rebuilding
+        self.pool, self.rebuilding, self.predict = pool, rebuilding, predict
 
     def forward(self, batch_size: int, rng: torch.Generator) -> dict[str, Tensor]:
         device, r = next(self.autoencoder.parameters()).device, self.rebuilding
-        frames = self.pool.random_batch(batch_size, rng).frames
-        pick = torch.randint(frames.shape[1], (batch_size,), generator=rng)
-        x = clips.to_float(frames[torch.arange(batch_size), pick]).to(device)
+        each = FRAMES_OF_A_PREDICTION if self.predict else 1
+        batch = self.pool.random_batch(-(-batch_size // each), rng)
+        clip = torch.arange(batch_size) // each
+        pick = torch.randint(batch.frames.shape[1], (batch_size,), generator=rng)
+        x = clips.to_float(batch.frames[clip, pick]).to(device)
         posterior = self.autoencoder.encode(x)
         latents = posterior.sample(torch.randn(posterior.mean.shape, generator=rng).to(device))
+        if self.predict:
+            predicted = self.predict(batch, rng)[clip.to(device), pick.to(device)]
+            chosen = (torch.rand(batch_size, generator=rng) < r.predicted_latents).to(device)
+            latents = torch.where(chosen[:, None, None, None], predicted, latents)
         if r.latent_noise:
             latents = latents + r.latent_noise * torch.randn(latents.shape, generator=rng).to(device)
         error = self.autoencoder.decode(latents) - x
@@ -187,14 +205,18 @@ class DiffusionTask(Task):
     def forward(self, batch_size: int, rng: torch.Generator) -> dict[str, Tensor]:
         """One time step for each clip; one condition frame for each clip."""
         batch = self.pool.random_batch(batch_size, rng)
-        times = draw_times(batch_size, self.networks.cfg.diffusion.num_timesteps, self.conditions.time_shift, rng)
-        return self.loss(batch, times, rng)
+        return self.loss(batch, self.draw_times(batch_size, rng), rng)
 
-    def loss(self, batch: Batch, times: Tensor, rng: torch.Generator, swap: Collection[str] = ()) -> dict[str, Tensor]:
-        """The loss of these clips at these time steps [b]; noise and conditions are drawn from `rng`.
+    def draw_times(self, size: int, rng: torch.Generator) -> Tensor:
+        return draw_times(size, self.networks.cfg.diffusion.num_timesteps, self.conditions.time_shift, rng)
 
-        A condition in `swap` ("text", "context", "vdg") comes from the batch's previous clip: what it adds to the loss
-        tells how much the network relies on it.
+    def predict(
+        self, batch: Batch, times: Tensor, rng: torch.Generator, swap: Collection[str] = ()
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(noisy latents, the network's output, its target), each [b, c, t, h, w], of these clips at these steps [b].
+
+        Noise and conditions are drawn from `rng`. A condition in `swap` ("text", "context", "vdg") comes from the
+        batch's previous clip.
         """
         networks, c, size = self.networks, self.conditions, len(batch)
         device = next(self.unet.parameters()).device
@@ -219,11 +241,29 @@ class DiffusionTask(Task):
         times = times.to(device)
         noisy, target = training_pair(self.schedule, z, noise, times)
         fs = batch.strides if networks.cfg.fs_meaning == "frame_stride" else batch.fps
-        predicted = self.unet(torch.cat([noisy, vdg], dim=1), times, context, fs.to(device))
-        error = (predicted.float() - target).square().mean(dim=(1, 2, 3, 4))
+        return noisy, self.unet(torch.cat([noisy, vdg], dim=1), times, context, fs.to(device)), target
+
+    @torch.no_grad()
+    def predicted_latents(self, batch: Batch, rng: torch.Generator) -> Tensor:
+        """The clips' latents as the network predicts them, each from a time of its own: [b, t, c, h, w], unscaled."""
+        times = self.draw_times(len(batch), rng)
+        noisy, output, _ = self.predict(batch, times, rng)
+        times = times.to(noisy.device)
+        signal, sigma = self.schedule.at(times, noisy)
+        _, clean = to_eps_and_x0(self.schedule.prediction, output.float(), noisy, signal, sigma)
+        if self.schedule.scale is not None:
+            clean = clean / self.schedule.scale.to(noisy.device)[times][:, None, None, None, None]
+        return clean.transpose(1, 2) / self.networks.cfg.autoencoder.scale_factor
+
+    def loss(self, batch: Batch, times: Tensor, rng: torch.Generator, swap: Collection[str] = ()) -> dict[str, Tensor]:
+        """The loss of these clips at these time steps [b]; what a swapped condition adds to it tells how much the
+        network relies on that one.
+        """
+        _, output, target = self.predict(batch, times, rng, swap)
+        error = (output.float() - target).square().mean(dim=(1, 2, 3, 4))
         if not self.min_snr:
             return {"loss": error.mean()}
-        alpha = self.schedule.alphas_cumprod.to(device)[times]
+        alpha = self.schedule.alphas_cumprod.to(error.device)[times.to(error.device)]
         snr = alpha / (1 - alpha)
         scale = snr + 1 if self.schedule.prediction == "v" else snr
         weight = snr.clamp(max=self.min_snr) / scale.clamp(min=1e-8)

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dcbench.catalogue import Facts, read_toml, validate
 from dcbench.errors import UserError, near_match
@@ -82,8 +82,15 @@ class Stage(Facts):
     edge_weight: float = 0.0
     latent_noise: float = 0.0
     decoder_only: bool = False
+    predicted_latents: float = Field(0.0, ge=0, le=1)
     # clip
     last_frames: float = Field(0.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _latents_stay(self) -> "Stage":
+        if self.predicted_latents and not self.decoder_only:
+            raise ValueError("predicted_latents needs decoder_only = true: the U-Net knows the latents as they are")
+        return self
 
     def loop(self) -> LoopConfig:
         return self._as(LoopConfig)

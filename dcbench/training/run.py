@@ -108,9 +108,10 @@ def _read(start: Start) -> dict[str, Tensor]:
 
 
 def _check_earlier(recipe: Recipe, stage: Stage, out: Path) -> None:
-    """Diffusion stages need all before them but the decoder's own; the autoencoder's and CLIP's only their own kind."""
+    """Where the U-Net runs, all but the decoder's own stages are needed; else the autoencoder and CLIP learn alone."""
+    unet = stage.objective == "diffusion" or stage.predicted_latents > 0
     for earlier in recipe.stages[: recipe.stages.index(stage)]:
-        needed = stage.objective == earlier.objective or (stage.objective == "diffusion" and not earlier.decoder_only)
+        needed = stage.objective == earlier.objective or (unet and not earlier.decoder_only)
         if needed and not (out / earlier.name / "weights.safetensors").is_file():
             raise UserError(f"stage {stage.name} needs stage {earlier.name}, which is not finished in {out}")
 
@@ -126,7 +127,11 @@ def make_task(stage: Stage, networks: Networks, pool: Pool) -> Task:
     """The stage's objective over `pool`, with exactly its parameters trainable."""
     freeze(networks)
     if stage.objective == "autoencoder":
-        return AutoencoderTask(networks, pool, stage.rebuilding())
+        predict = None
+        if stage.predicted_latents:
+            unet = DiffusionTask(networks, pool, stage.conditions(), roles=())
+            predict = unet.predicted_latents
+        return AutoencoderTask(networks, pool, stage.rebuilding(), predict)
     if stage.objective == "clip":
         return ContrastiveTask(networks, pool, stage.last_frames)
     return DiffusionTask(
@@ -162,7 +167,7 @@ class _Pools:
     def get(self, stage: Stage) -> Pool:
         if not self.recipe.data.cache:
             return self.pool
-        return self._cached(latents=stage.objective == "diffusion")
+        return self._cached(latents=stage.objective == "diffusion" or stage.predicted_latents > 0)
 
     def _cached(self, latents: bool) -> CachedPool:
         if latents not in self.cached:

@@ -1,10 +1,14 @@
 """What a diffusion stage shows its network, measured on what the network is given."""
 
+from dataclasses import asdict, replace
+
 import pytest
 import torch
 from torch import Tensor
 
+from dcbench import clips
 from dcbench.datasets.shapes import Shapes
+from dcbench.models.diffusion import make_schedule
 from dcbench.training.data import ClipPool
 from dcbench.training.held_out import held_out
 from dcbench.training.networks import build, text_tokens
@@ -151,6 +155,47 @@ def test_details_weigh_more_and_the_latents_may_stay(networks, pool):
     task = AutoencoderTask(networks, pool, Rebuilding(kl_weight=0.0, decoder_only=True))
     trained = {name for name, p in task.named_parameters() if p.requires_grad}
     assert trained and all(".decoder." in name or ".post_quant_conv." in name for name in trained)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_a_perfect_u_net_predicts_the_latents_themselves(networks, pool, monkeypatch, prediction):
+    """The largest error of float32, 2e-4, is eps-prediction's: at the noisiest step it divides by a signal of 0.07."""
+    task = DiffusionTask(networks, pool, Conditions(), ROLES)
+    task.schedule = make_schedule(prediction=prediction)
+    right = DiffusionTask.predict
+
+    def perfect(self, batch, times, rng, swap=()):
+        noisy, _, target = right(self, batch, times, rng, swap)
+        return noisy, target, target
+
+    monkeypatch.setattr(DiffusionTask, "predict", perfect)
+    batch = pool.random_batch(8, torch.Generator().manual_seed(0))
+    found = task.predicted_latents(batch, torch.Generator().manual_seed(1))
+    frames = clips.to_float(batch.frames)
+    wanted = torch.stack([networks.autoencoder.encode(clip).mean for clip in frames])
+    torch.testing.assert_close(found, wanted, atol=1e-3, rtol=0)
+    shrinking = replace(networks.cfg.diffusion, prediction=prediction, dynamic_rescale=0.7)
+    task.schedule = make_schedule(**asdict(shrinking))
+    found = task.predicted_latents(batch, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(found, wanted, atol=1e-3, rtol=0)
+
+
+def test_frames_are_rebuilt_from_the_predictions_of_their_own_clip(networks, pool, monkeypatch):
+    """A prediction that is right to the digit: the decoder gets exactly the latents of the frame that it shall show."""
+    autoencoder, asked, seen = networks.autoencoder, [], []
+    encode, decode = autoencoder.encode, autoencoder.decode
+
+    def predict(batch, rng):
+        asked.append(len(batch))
+        return torch.stack([encode(clip).mean for clip in clips.to_float(batch.frames)]).detach()
+
+    monkeypatch.setattr(autoencoder, "encode", lambda x: seen.append(x) or encode(x))
+    monkeypatch.setattr(autoencoder, "decode", lambda z: seen.append(z) or decode(z))
+    rebuilding = Rebuilding(kl_weight=0.0, decoder_only=True, predicted_latents=1.0)
+    AutoencoderTask(networks, pool, rebuilding, predict)(10, torch.Generator().manual_seed(0))
+    frames, latents = seen
+    assert asked == [3]  # ten frames of three clips
+    torch.testing.assert_close(latents, encode(frames).mean, atol=1e-5, rtol=0)
 
 
 def test_a_share_of_the_pictures_are_last_frames(networks, pool, monkeypatch):

@@ -137,6 +137,26 @@ def test_a_stage_of_the_decoder_alone_leaves_the_latents(make_recipe, tmp_path):
     assert changed and changed == {name for name in before if name.startswith(decoder)}
 
 
+def test_the_decoder_learns_from_what_the_u_net_predicts(make_recipe, tmp_path):
+    """Only the decoder changes, and it does so differently than from the encoder's latents."""
+    whole = {"name": "autoencoder", "objective": "autoencoder"}
+    sharpen = {"name": "sharpen", "objective": "autoencoder", "decoder_only": True, "condition_frame": "first"}
+    predicted = {**sharpen, "predicted_latents": 0.75}
+    with pytest.raises(UserError, match="sharpen needs stage joint"):
+        run(make_recipe(whole, JOINT, predicted), tmp_path, device="cpu", stages=("autoencoder", "sharpen"))
+    for name, stage in (("predicted", predicted), ("plain", sharpen)):
+        assert run(make_recipe(whole, JOINT, stage), tmp_path / name, device="cpu")
+    before, after = weights(tmp_path / "predicted", "joint"), load_tensors(tmp_path / "predicted/weights.safetensors")
+    assert all(torch.equal(before[name].half(), after[name]) for name in before)
+    decoder = ("first_stage_model.decoder.", "first_stage_model.post_quant_conv.")
+    old, new = (weights(tmp_path / "predicted", stage) for stage in ("autoencoder", "sharpen"))
+    assert {name for name in old if not torch.equal(old[name], new[name])} == {n for n in old if n.startswith(decoder)}
+    plain = weights(tmp_path / "plain", "sharpen")
+    assert any(not torch.equal(plain[name], new[name]) for name in new)
+    with pytest.raises(ValueError, match="predicted_latents needs decoder_only = true"):
+        make_recipe({**predicted, "decoder_only": False})
+
+
 def test_training_starts_from_a_checkpoint_and_says_what_was_new(make_recipe, tmp_path, capsys):
     run(make_recipe(BASE), tmp_path / "base", device="cpu")
     state = load_tensors(tmp_path / "base" / "weights.safetensors")

@@ -132,12 +132,12 @@ class Decoder(nn.Module):
     def __init__(self, cfg: AutoencoderConfig) -> None:
         super().__init__()
         mults = cfg.decoder_channel_mult or cfg.channel_mult
-        channels = cfg.channels * mults[-1]
+        channels = int(cfg.channels * mults[-1])
         self.conv_in = nn.Conv2d(cfg.z_channels, channels, 3, padding=1)
         self.mid = Middle(cfg, channels)
         levels = []
         for level, mult in reversed(list(enumerate(mults))):
-            width = cfg.channels * mult
+            width = int(cfg.channels * mult)
             blocks = [ResnetBlock(cfg, channels if i == 0 else width, width) for i in range(cfg.num_res_blocks + 1)]
             levels.append(Level(list(blocks), None, Upsample(width) if level > 0 else None))
             channels = width

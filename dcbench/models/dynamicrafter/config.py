@@ -52,7 +52,7 @@ class AutoencoderConfig:
     channels: int = 128
     channel_mult: tuple[int, ...] = (1, 2, 4, 4)
     patch_size: int = 1  # squares of so many pixels a side enter as channels: a small network on a coarse grid
-    decoder_channel_mult: tuple[int, ...] = ()  # of a decoder with other levels than the encoder; () = the same
+    decoder_channel_mult: tuple[float, ...] = ()  # of a decoder with other levels than the encoder; () = the same
     num_res_blocks: int = 2
     z_channels: int = 4  # width inside the encoder and decoder
     latent_channels: int = 4  # width of the latents themselves
