@@ -1,6 +1,6 @@
 """Quality of a model on the shapes world, as the analytic judge sees it: one table, one picture.
 
-python -m dcbench.analysis.quality --model dynamicrafter-tiny --clips 256 --fvd --out quality
+python -m dcbench.analysis.quality --model dynamicrafter-tiny --clips 256 --fvd --jobs 2 --out quality
 
 `--fvd` adds the FVD of the clips, of the same images standing still, and of the model with empty prompts.
 `--curve FILE.csv` draws what was measured during a training, quality against core-hours, and does nothing else.
@@ -12,6 +12,10 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -24,6 +28,9 @@ from dcbench.datasets.base import Item
 from dcbench.datasets.shapes import Shapes, ShapesVideo
 from dcbench.models.base import ImageToVideo, Request, Runtime
 from dcbench.seeding import clip_seed
+
+BATCH = 16  # clips sampled at a time
+Case = tuple[Item, Tensor, Tensor]  # a video, its real clip and the generated one
 
 
 def requests(
@@ -40,27 +47,24 @@ def requests(
         )
 
 
-def measure(
-    model: ImageToVideo,
-    items: Sequence[Item],
-    size: int,
-    stride: int = 3,
-    batch: int = 16,
-    seed: int = 0,
-    prompts: bool = True,
-) -> tuple[dict[str, float], list[tuple[Item, Tensor, Tensor]]]:
-    """Shares of clips that show what their caption says, PSNR of the first frame; and (item, real, generated)."""
+def generate(
+    model: ImageToVideo, items: Sequence[Item], size: int, stride: int = 3, seed: int = 0, prompts: bool = True
+) -> list[Case]:
+    """What the model makes of each video's first frame and caption."""
     pairs = list(requests(items, size, stride, seed, prompts))
-    cases: list[tuple[Item, Tensor, Tensor]] = []
-    started = time.process_time()
-    for start in range(0, len(pairs), batch):
-        part = pairs[start : start + batch]
+    cases: list[Case] = []
+    for start in range(0, len(pairs), BATCH):
+        part = pairs[start : start + BATCH]
         made = model.generate([request for request, _ in part])
         cases += [
             (item, real, resize(clip, size, size))
-            for item, (_, real), clip in zip(items[start : start + batch], part, made, strict=True)
+            for item, (_, real), clip in zip(items[start : start + BATCH], part, made, strict=True)
         ]
-    seconds = (time.process_time() - started) / len(pairs)
+    return cases
+
+
+def judged(cases: Sequence[Case], stride: int = 3) -> dict[str, float]:
+    """Shares of clips that show what their caption says, PSNR of the first frame."""
     agreed = []
     for item, real, made in cases:
         assert isinstance(item.video, ShapesVideo)
@@ -73,22 +77,82 @@ def measure(
         **table,
         "first_frame_psnr": sum(psnrs) / len(psnrs),
         "first_frame_psnr_median": psnrs[len(psnrs) // 2],
-        "cpu_seconds_per_clip": seconds,
-    }, cases
+    }
 
 
-def distances(real: Sequence[Tensor], sets: Mapping[str, Sequence[Tensor]]) -> dict[str, float]:
-    """FVD of each set of clips with its 95 % interval; I3D as every score of dcbench uses it."""
+@dataclass(frozen=True)
+class Part:
+    """What one process did: its cases, processor seconds of their sampling, I3D features of each set of clips."""
+
+    cases: list[Case]
+    seconds: float
+    features: dict[str, Tensor]  # [n, 400] each
+
+
+def measure_part(
+    name: str, settings: Sequence[str], items: Sequence[Item], stride: int = 3, seed: int = 0, fvd: bool = False
+) -> Part:
+    """The model by its card's name on these videos; with `fvd` also with empty prompts, and features of all."""
+    torch.set_num_threads(1)
+    card = with_overrides(find_model(name), list(settings))
+    model = load_entry_point(card)(card, Runtime())
+    size = card.clip.height or 64
+    started = time.process_time()
+    cases = generate(model, items, size, stride, seed=seed)
+    seconds, features = time.process_time() - started, {}
+    if fvd:
+        from dcbench.metrics.extractors import i3d_extractor
+
+        silent = generate(model, items, size, stride, seed=seed, prompts=False)
+        sets = {
+            "real": [real for _, real, _ in cases],
+            "model": [made for *_, made in cases],
+            "without_prompt": [made for *_, made in silent],
+            "still": [real[:1].expand_as(real) for _, real, _ in cases],
+        }
+        extractor = i3d_extractor()
+        features = {name: extractor.extract(clips) for name, clips in sets.items()}
+    return Part(cases, seconds, features)
+
+
+def measure(
+    name: str,
+    settings: Sequence[str],
+    items: Sequence[Item],
+    stride: int = 3,
+    seed: int = 0,
+    fvd: bool = False,
+    jobs: int = 1,
+) -> tuple[dict[str, float], list[Case]]:
+    """The table and the cases, computed by `jobs` processes; the same numbers whatever their number is."""
+    share = BATCH * math.ceil(len(items) / BATCH / jobs)  # whole batches, the same as of one process
+    slices = [items[start : start + share] for start in range(0, len(items), share)]
+    work = partial(measure_part, name, settings, stride=stride, seed=seed, fvd=fvd)
+    if jobs == 1:
+        parts = [work(items)]
+    else:
+        with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+            parts = list(pool.map(work, slices))
+    cases = [case for part in parts for case in part.cases]
+    table = judged(cases, stride)
+    table["cpu_seconds_per_clip"] = sum(part.seconds for part in parts) / len(cases)
+    if fvd:
+        features = {key: torch.cat([part.features[key] for part in parts]) for key in parts[0].features}
+        table |= distances(features)
+    return table, cases
+
+
+def distances(features: Mapping[str, Tensor]) -> dict[str, float]:
+    """FVD of each set of features against `real`, with its 95 % interval; as every score of dcbench."""
     from dcbench.metrics.distances import score_frechet
-    from dcbench.metrics.extractors import i3d_extractor
 
-    extractor = i3d_extractor()
-    reference, found = extractor.extract(real), {}
-    for name, clips in sets.items():
-        score = score_frechet(reference, extractor.extract(clips))
-        found[f"fvd_{name}"] = score.value
-        if score.ci95:
-            found[f"fvd_{name}_low"], found[f"fvd_{name}_high"] = score.ci95
+    found: dict[str, float] = {}
+    for name in features:
+        if name != "real":
+            score = score_frechet(features["real"], features[name])
+            found[f"fvd_{name}"] = score.value
+            if score.ci95:
+                found[f"fvd_{name}_low"], found[f"fvd_{name}_high"] = score.ci95
     return found
 
 
@@ -98,9 +162,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
     return min(100.0, 10 * math.log10(255**2 / mse)) if mse else 100.0
 
 
-def grid(
-    cases: Sequence[tuple[Item, Tensor, Tensor]], path: Path, frames: Sequence[int] = (0, 3, 6, 9, 12, 15)
-) -> None:
+def grid(cases: Sequence[Case], path: Path, frames: Sequence[int] = (0, 3, 6, 9, 12, 15)) -> None:
     """A row a case: input, generated frames, the real last frame; the caption above."""
     from matplotlib.figure import Figure
 
@@ -149,22 +211,18 @@ def main() -> None:
     parser.add_argument("--stride", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fvd", action="store_true", help="four I3D passes and a second sampling: slow")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, each with one thread and a model of its own")
     parser.add_argument("--curve", type=Path, metavar="CSV")
     parser.add_argument("--out", type=Path, default=Path("quality"))
     given = parser.parse_args()
     if given.curve:
         print(draw_curve(given.curve))
         return
-    card = with_overrides(find_model(given.model), given.settings)
-    model = load_entry_point(card)(card, Runtime())
-    size = card.clip.height or 64
+    if given.clips < 1 or given.jobs < 1:
+        parser.error("--clips and --jobs: expected at least 1")
+    size = with_overrides(find_model(given.model), given.settings).clip.height or 64
     items = Shapes(size=size, train_videos=given.clips, test_videos=given.clips).items(given.split)
-    table, cases = measure(model, items, size, given.stride, seed=given.seed)
-    if given.fvd:
-        _, silent = measure(model, items, size, given.stride, seed=given.seed, prompts=False)
-        sets = {"model": [made for *_, made in cases], "without_prompt": [made for *_, made in silent]}
-        sets["still"] = [real[:1].expand_as(real) for _, real, _ in cases]
-        table |= distances([real for _, real, _ in cases], sets)
+    table, cases = measure(given.model, given.settings, items, given.stride, given.seed, given.fvd, given.jobs)
     given.out.mkdir(parents=True, exist_ok=True)
     grid(cases[:12], given.out / "cases.png")
     (given.out / "quality.json").write_text(json.dumps(table, indent=1))
@@ -173,5 +231,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     main()

@@ -1,6 +1,6 @@
 """`dcbench train`: the stages of a recipe one after the other, each resumable, into one directory.
 
-<out>/recipe.json  <out>/<stage>/{state.pt, log.jsonl, weights.safetensors}  <out>/loss.png
+<out>/<stage>/{state.pt, log.jsonl, weights.safetensors}  <out>/loss.png
 <out>/weights.safetensors  <out>/config.json      what a model card's `variant` and `weights` can name
 """
 
@@ -53,8 +53,7 @@ def run(
         networks.to(process.device)
         pools = _Pools(recipe, networks, out, data_root, process)
         for stage in recipe.stages:
-            directory = out / stage.name
-            done = directory / "weights.safetensors"
+            done = _weights(out, stage)
             if done.is_file():
                 _load_stage(networks, done, stage)
                 continue
@@ -72,7 +71,7 @@ def run(
                     progress(stage.name, step, stage.steps, line)
 
             seed = clip_seed(recipe.seed, f"stage/{stage.name}")
-            if not fit(task, stage.loop(), directory, seed, process, stop_after, report, identity):
+            if not fit(task, stage.loop(), done.parent, seed, process, stop_after, report, identity):
                 return False
             freeze(networks)
             if stage.objective == "autoencoder" and not stage.decoder_only:
@@ -85,12 +84,16 @@ def run(
                 plot_log(logs, out / "loss.png")
             if process.world > 1:  # nobody asks for the stage's files before they are there
                 dist.barrier()
-        finished = [(out / stage.name / "weights.safetensors", stage) for stage in recipe.stages]
-        if process.first and all(path.is_file() for path, _ in finished):
-            for path, stage in finished:  # some of them another process may have trained meanwhile
-                _load_stage(networks, path, stage)
+        if process.first and all(_weights(out, stage).is_file() for stage in recipe.stages):
+            for stage in recipe.stages:  # some of them another process may have trained meanwhile
+                _load_stage(networks, _weights(out, stage), stage)
             export(networks, out)
         return True
+
+
+def _weights(out: Path, stage: Stage) -> Path:
+    """What a stage has learned; the file is there when the stage is finished."""
+    return out / stage.name / "weights.safetensors"
 
 
 def _begin(networks: Networks, starts: tuple[Start, ...], process: Process) -> None:
@@ -112,7 +115,7 @@ def _check_earlier(recipe: Recipe, stage: Stage, out: Path) -> None:
     unet = stage.objective == "diffusion" or stage.predicted_latents > 0
     for earlier in recipe.stages[: recipe.stages.index(stage)]:
         needed = stage.objective == earlier.objective or (unet and not earlier.decoder_only)
-        if needed and not (out / earlier.name / "weights.safetensors").is_file():
+        if needed and not _weights(out, earlier).is_file():
             raise UserError(f"stage {stage.name} needs stage {earlier.name}, which is not finished in {out}")
 
 

@@ -202,7 +202,7 @@ def test_the_kl_is_that_of_two_gaussians():
     torch.testing.assert_close(Posterior(mean, logvar).kl(), expected)
 
 
-@pytest.mark.parametrize(("decoder", "patch"), [((), 8), ((1, 2), 4), ((1, 1, 1, 1), 1)])
+@pytest.mark.parametrize(("decoder", "patch"), [((), 8), ((1, 2), 4), ((0.5, 1), 4), ((1, 1, 1, 1), 1)])
 def test_a_patched_autoencoder_works_on_the_coarse_grid_and_trains(decoder, patch):
     torch.manual_seed(0)
     cfg = AutoencoderConfig(
