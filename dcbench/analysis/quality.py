@@ -93,7 +93,6 @@ def measure_part(
     name: str, settings: Sequence[str], items: Sequence[Item], stride: int = 3, seed: int = 0, fvd: bool = False
 ) -> Part:
     """The model by its card's name on these videos; with `fvd` also with empty prompts, and features of all."""
-    torch.set_num_threads(1)
     card = with_overrides(find_model(name), list(settings))
     model = load_entry_point(card)(card, Runtime())
     size = card.clip.height or 64
@@ -131,7 +130,7 @@ def measure(
     if jobs == 1:
         parts = [work(items)]
     else:
-        with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
             parts = list(pool.map(work, slices))
     cases = [case for part in parts for case in part.cases]
     table = judged(cases, stride)
@@ -231,4 +230,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     main()

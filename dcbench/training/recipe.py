@@ -90,6 +90,8 @@ class Stage(Facts):
     def _latents_stay(self) -> "Stage":
         if self.predicted_latents and not self.decoder_only:
             raise ValueError("predicted_latents needs decoder_only = true: the U-Net knows the latents as they are")
+        if self.predicted_latents and self.single_frames:
+            raise ValueError("predicted_latents are those of whole clips: single_frames must be false")
         return self
 
     def loop(self) -> LoopConfig:

@@ -153,8 +153,12 @@ def test_the_decoder_learns_from_what_the_u_net_predicts(make_recipe, tmp_path):
     assert {name for name in old if not torch.equal(old[name], new[name])} == {n for n in old if n.startswith(decoder)}
     plain = weights(tmp_path / "plain", "sharpen")
     assert any(not torch.equal(plain[name], new[name]) for name in new)
-    with pytest.raises(ValueError, match="predicted_latents needs decoder_only = true"):
-        make_recipe({**predicted, "decoder_only": False})
+    for wrong, said in (
+        ({"decoder_only": False}, "needs decoder_only = true"),
+        ({"single_frames": True}, "whole clips"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            make_recipe({**predicted, **wrong})
 
 
 def test_training_starts_from_a_checkpoint_and_says_what_was_new(make_recipe, tmp_path, capsys):
