@@ -87,7 +87,7 @@ class Stage(Facts):
     last_frames: float = Field(0.0, ge=0, le=1)
 
     @model_validator(mode="after")
-    def _latents_stay(self) -> "Stage":
+    def _predictions_fit(self) -> "Stage":
         if self.predicted_latents and not self.decoder_only:
             raise ValueError("predicted_latents needs decoder_only = true: the U-Net knows the latents as they are")
         if self.predicted_latents and self.single_frames:
