@@ -41,7 +41,8 @@ def run_suite(
     data: Path | None = None,
 ) -> list[Row]:
     """Run what is missing, score it, and write the table into `out`."""
-    rows = []
+    rows: list[Row] = []
+    first: dict[int, HeldOut] = {}  # by seed, of the suite's first arm
     write_text(out / "suite.json", json.dumps({"suite": suite.model_dump(), "seeds": list(seeds)}, indent=1) + "\n")
     for arm in suite.arms:
         row = Row(arm)
@@ -55,7 +56,7 @@ def run_suite(
                 trained = train_arm(suite, arm, out, folder, seed, data)
                 card = card.model_copy(update={"options": {**arm.options, "folder": str(trained)}})
                 measured = held_out_of(suite, arm, trained, seed, data)
-                row.add_held_out(measured)
+                row.add_held_out(measured, first.setdefault(seed, measured))
             chosen = protocol.model_copy(update={"frame_stride": arm.frame_stride}) if arm.frame_stride else protocol
             job = planning.plan(card, dataset, chosen, data, folder / f"seed-{seed}", seed, limit, quiet=options.quiet)
             run.sample(job, options)
@@ -76,6 +77,7 @@ def rebuild(out: Path) -> str:
     """
     kept = json.loads((out / "suite.json").read_text(encoding="utf-8"))
     suite, seeds, rows = Suite.model_validate(kept["suite"]), kept["seeds"], []
+    first: dict[int, HeldOut] = {}
     for arm in suite.arms:
         row = Row(arm)
         for seed in seeds:
@@ -85,7 +87,8 @@ def rebuild(out: Path) -> str:
                 if not path.is_file():
                     raise UserError(f"{path} is not there: arm {arm.name!r}, seed {seed} is not finished")
             if suite.kind == "training":
-                row.add_held_out(HeldOut(**json.loads(trained.read_text(encoding="utf-8"))))
+                measured = HeldOut(**json.loads(trained.read_text(encoding="utf-8")))
+                row.add_held_out(measured, first.setdefault(seed, measured))
             row.add_scores(read_record(folder), json.loads(judge.read_text(encoding="utf-8")))
         rows.append(row)
     return write_table(suite, rows, out, seeds)

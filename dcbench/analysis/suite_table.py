@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dcbench.analysis.statistics import compare_paired
 from dcbench.analysis.suite import Arm, Suite
+from dcbench.metrics.functional import mean_interval
 from dcbench.record import Record
 from dcbench.reports.figures import Curve, curves
 from dcbench.training.held_out import SWAPS, HeldOut
@@ -38,11 +40,17 @@ class Row:
             self.add(name, value, interval)
         self.clips = record.n_planned
 
-    def add_held_out(self, measured: HeldOut) -> None:
+    def add_held_out(self, measured: HeldOut, first: HeldOut) -> None:
+        """An arm's losses; under the conditions of sampling also the paired difference from the suite's first arm."""
         half = 1.96 * measured.error
         self.add("held_out_loss", measured.loss, (measured.loss - half, measured.loss + half))
         for swap in SWAPS:
             self.add(f"swap_{swap}", measured.reliance(swap), None)
+        if measured.sampled:
+            mean = sum(measured.sampled) / len(measured.sampled)
+            self.add("first_frame_loss", mean, mean_interval(measured.sampled))
+            gap = compare_paired(measured.sampled, first.sampled)
+            self.add("first_frame_loss_gap", gap.difference, gap.ci95)
 
     def summary(self, metric: str) -> tuple[float, Interval] | None:
         """Mean over seeds; the interval of a single seed, or the span of all seeds' intervals."""

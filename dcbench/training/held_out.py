@@ -6,8 +6,10 @@ own; it needs seconds where FVD needs hundreds of samples.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
+from torch import Tensor
 
 from dcbench.catalogue import find_dataset, load_entry_point
 from dcbench.datasets.base import find_root
@@ -27,6 +29,9 @@ class HeldOut:
     loss: float
     error: float
     swapped: dict[str, float]
+    sampled: tuple[
+        float, ...
+    ] = ()  # of each clip, its first frame as the condition, as when sampled; () in older files
 
     def reliance(self, condition: str) -> float:
         """Relative growth of the loss when this condition is another clip's: 0 = it is not used."""
@@ -43,27 +48,41 @@ def held_out(
     batch: int = 16,
     data_root: Path | None = None,
 ) -> HeldOut:
-    """Measure the U-Net of `networks` under the conditions of `stage`, none dropped."""
+    """Measure the U-Net of `networks` under the conditions of `stage`, none dropped.
+
+    Arms that were trained on different condition frames have losses of different tasks; `sampled` is of one task for
+    all: the condition is the first frame.
+    """
     card = find_dataset(recipe.data.dataset)
     items = load_entry_point(card)(card, find_root(card, data_root), {**card.options, **recipe.data.options}).items(
         split
     )
     cfg = networks.cfg
     pool = ClipPool(items, cfg.num_frames, recipe.data.strides, cfg.height, cfg.width, clips, seed=0)
-    conditions = Conditions(stage.context, stage.vdg, stage.condition_frame, 0.0, 0.0, 0.0, 0.0)
-    task = DiffusionTask(networks, pool, conditions, (), stage.single_frames).eval()
-    losses: dict[str, list[float]] = {name: [] for name in ("", *SWAPS)}
-    for start in range(0, clips, batch):
-        rng = torch.Generator().manual_seed(start)
-        part = pool.batch(range(start, min(start + batch, clips)), rng)
-        for swap, values in losses.items():
+    parts = {
+        start: pool.batch(range(start, min(start + batch, clips)), torch.Generator().manual_seed(start))
+        for start in range(0, clips, batch)
+    }
+
+    def losses(condition_frame: Literal["random", "first"], swap: str = "") -> Tensor:
+        """Of each clip, over all times: [clips]."""
+        conditions = Conditions(stage.context, stage.vdg, condition_frame, 0.0, 0.0, 0.0, 0.0)
+        task = DiffusionTask(networks, pool, conditions, (), stage.single_frames).eval()
+        found = []
+        for start, part in parts.items():
+            of_times = []
             for time in TIMES:
                 noise = torch.Generator().manual_seed(start * 1000 + time)
                 times = torch.full((len(part),), time)
-                values.append(float(task.loss(part, times, noise, (swap,) if swap else ())["loss"]))
-    per_time = torch.tensor(losses[""]).view(-1, len(TIMES)).mean(1)
+                of_times.append(task.clip_errors(part, times, noise, (swap,) if swap else ()))
+            found.append(torch.stack(of_times).double().mean(0).cpu())
+        return torch.cat(found)
+
+    own = losses(stage.condition_frame)
+    sampled = own if stage.condition_frame == "first" else losses("first")
     return HeldOut(
-        sum(losses[""]) / len(losses[""]),
-        float(per_time.std() / len(per_time) ** 0.5) if len(per_time) > 1 else float("nan"),
-        {name: sum(losses[name]) / len(losses[name]) for name in SWAPS},
+        float(own.mean()),
+        float(own.std() / clips**0.5) if clips > 1 else float("nan"),
+        {swap: float(losses(stage.condition_frame, swap).mean()) for swap in SWAPS},
+        tuple(sampled.tolist()),
     )

@@ -255,12 +255,13 @@ class DiffusionTask(Task):
             clean = clean / self.schedule.scale.to(noisy.device)[times][:, None, None, None, None]
         return clean.transpose(1, 2) / self.networks.cfg.autoencoder.scale_factor
 
-    def loss(self, batch: Batch, times: Tensor, rng: torch.Generator, swap: Collection[str] = ()) -> dict[str, Tensor]:
-        """The loss of these clips at these time steps [b]; what a swapped condition adds to it tells how much the
-        network relies on that one.
-        """
+    def clip_errors(self, batch: Batch, times: Tensor, rng: torch.Generator, swap: Collection[str] = ()) -> Tensor:
+        """Mean squared error of the network's output for each of these clips, at these time steps [b]: [b]."""
         _, output, target = self.predict(batch, times, rng, swap)
-        error = (output.float() - target).square().mean(dim=(1, 2, 3, 4))
+        return (output.float() - target).square().mean(dim=(1, 2, 3, 4))
+
+    def loss(self, batch: Batch, times: Tensor, rng: torch.Generator) -> dict[str, Tensor]:
+        error = self.clip_errors(batch, times, rng)
         if not self.min_snr:
             return {"loss": error.mean()}
         alpha = self.schedule.alphas_cumprod.to(error.device)[times.to(error.device)]

@@ -166,6 +166,10 @@ def test_trained_arms_share_their_base_and_differ_by_what_they_say(tmp_path):
     one, other = (load_tensors(path / "joint" / "weights.safetensors") for path in (tmp_path / "whole", folder_of_two))
     assert one.keys() == other.keys() and all((one[name] == other[name]).all() for name in one)
     assert all(len(row.scores["held_out_loss"]) == 2 and len(row.scores["swap_text"]) == 2 for row in rows)
+    assert rows[0].scores["first_frame_loss_gap"] == [(0.0, (0.0, 0.0))] * 2  # the first arm against itself
+    assert rows[1].scores["first_frame_loss_gap"][0][0] == pytest.approx(
+        rows[1].scores["first_frame_loss"][0][0] - rows[0].scores["first_frame_loss"][0][0]
+    )
     table = (tmp_path / "out" / "table.md").read_text()
     assert "seeds 1, 2" in table and rebuild(tmp_path / "out") == table
 

@@ -128,7 +128,7 @@ def test_swaps_exchange_one_condition(networks, pool):
     seen = Seen(task)
     batch = pool.random_batch(4, torch.Generator().manual_seed(0))
     for swap in ((), ("text",), ("context",), ("vdg",)):
-        task.loss(batch, torch.full((4,), 500), torch.Generator().manual_seed(1), swap)
+        task.clip_errors(batch, torch.full((4,), 500), torch.Generator().manual_seed(1), swap)
     plain, text, context, vdg = seen.calls
     assert torch.equal(text[0], plain[0]) and torch.equal(text[2][:, :24], plain[2][:, :24].roll(1, 0))
     assert torch.equal(text[2][:, 24:], plain[2][:, 24:])
@@ -141,6 +141,20 @@ def test_held_out_loss_is_fixed_and_an_unused_condition_costs_nothing(networks, 
     one, two = (held_out(networks, recipe, recipe.stages[0], clips=8, batch=4) for _ in range(2))
     assert one == two and one.error > 0
     assert one.reliance("text") == 0 and one.reliance("vdg") == 0  # the U-Net begins at 0 and uses nothing
+    assert len(one.sampled) == 8 and one.loss == pytest.approx(sum(one.sampled) / 8)
+
+
+def test_held_out_asks_every_arm_the_same_question(networks, make_recipe):
+    """Trained on a random condition frame or on the first: `sampled` is under the first one, `loss` under its own."""
+    for parameter in networks.unet.parameters():
+        parameter.data.add_(0.02)  # a U-Net that uses its conditions
+    found = {}
+    for frame in ("random", "first"):
+        recipe: Recipe = make_recipe({"name": "joint", "condition_frame": frame})
+        found[frame] = held_out(networks, recipe, recipe.stages[0], clips=8, batch=4)
+    assert found["random"].sampled == found["first"].sampled
+    assert found["first"].loss == pytest.approx(sum(found["first"].sampled) / 8)
+    assert found["random"].loss != pytest.approx(found["first"].loss, rel=1e-6)
 
 
 def test_details_weigh_more_and_the_latents_may_stay(networks, pool):
