@@ -46,7 +46,7 @@ class Row:
         self.add("held_out_loss", measured.loss, (measured.loss - half, measured.loss + half))
         for swap in SWAPS:
             self.add(f"swap_{swap}", measured.reliance(swap), None)
-        if measured.sampled:
+        if measured.sampled and first.sampled:
             mean = sum(measured.sampled) / len(measured.sampled)
             self.add("first_frame_loss", mean, mean_interval(measured.sampled))
             gap = compare_paired(measured.sampled, first.sampled)

@@ -24,14 +24,15 @@ SWAPS = ("text", "context", "vdg")
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Mean loss, its standard error over clips, and the loss with each condition swapped."""
+    """Mean loss, its standard error over clips, and the loss with each condition swapped.
+
+    sampled: the loss of each clip with its first frame as the condition, as when it is sampled; empty in older files.
+    """
 
     loss: float
     error: float
     swapped: dict[str, float]
-    sampled: tuple[
-        float, ...
-    ] = ()  # of each clip, its first frame as the condition, as when sampled; () in older files
+    sampled: tuple[float, ...] = ()
 
     def reliance(self, condition: str) -> float:
         """Relative growth of the loss when this condition is another clip's: 0 = it is not used."""
