@@ -123,7 +123,6 @@ def extract(pairs: Sequence[Pair], metrics: Metrics, cache: FeatureCache | None)
     cores = torch.get_num_threads()
 
     def prepare(pair: Pair) -> Prepared:
-        torch.set_num_threads(1)
         clips = [read() if read else None for read in (pair.reference, pair.generated)]
         hashes = [pixels_sha256(clip) if clip is not None else "" for clip in clips]
         done = Prepared(clips[0], clips[1], hashes, [{}, {}])
@@ -136,16 +135,13 @@ def extract(pairs: Sequence[Pair], metrics: Metrics, cache: FeatureCache | None)
             done.error = error
         return done
 
-    try:
-        for pair, got in zip(pairs, video.in_order(prepare, pairs, cores, cores + PREFETCH), strict=True):
-            out = Extracted()
-            if isinstance(got, UserError):
-                out.failures.append(record.Failure(id=pair.id, reason=str(got)))
-            else:
-                _take(out, pair, got, metrics, cache)
-            yield out
-    finally:
-        torch.set_num_threads(cores)
+    for pair, got in zip(pairs, video.in_order(prepare, pairs, cores, cores + PREFETCH), strict=True):
+        out = Extracted()
+        if isinstance(got, UserError):
+            out.failures.append(record.Failure(id=pair.id, reason=str(got)))
+        else:
+            _take(out, pair, got, metrics, cache)
+        yield out
 
 
 def _take(out: Extracted, pair: Pair, got: Prepared, metrics: Metrics, cache: FeatureCache | None) -> None:

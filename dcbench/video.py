@@ -386,9 +386,11 @@ def in_order(
     """function(job) for each job in its order, or its UserError, so that one bad video does not end the rest.
 
     Up to `ahead` answers (2 a worker by default) are prepared while the caller computes; no more are held in memory.
+    torch takes one thread in a worker: a second pool of OpenMP threads would slow the caller's own to half its speed.
     """
     ahead = ahead or 2 * workers
-    executor = ThreadPoolExecutor(workers, "video")
+    threads = torch.get_num_threads()
+    executor = ThreadPoolExecutor(workers, "video", torch.set_num_threads, (1,))
     waiting: deque[Future[Answer]] = deque()
     todo = iter(jobs)
     try:
@@ -405,6 +407,7 @@ def in_order(
             del answer  # the caller alone decides how long a clip lives
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(threads)  # a worker's setting is the default of threads that begin later
 
 
 def read_clip(path: Path) -> tuple[Tensor, float]:

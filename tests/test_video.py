@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -412,6 +413,20 @@ def test_trap_12_only_a_few_clips_are_read_ahead(files):
     time.sleep(0.3)
     assert asked == [0, 1, 2]
     results.close()  # type: ignore[attr-defined]
+
+
+def test_workers_take_one_thread_each_and_leave_the_callers_alone():
+    """A second OpenMP pool makes the caller's network two and a half times slower (benchmarks/waiting.py)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        results = in_order(lambda _: torch.get_num_threads(), range(4), workers=2)
+        assert next(results) == 1 and torch.get_num_threads() == 2
+        assert list(results) == [1, 1, 1] and torch.get_num_threads() == 2
+        with ThreadPoolExecutor(1) as later:
+            assert later.submit(torch.get_num_threads).result() == 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_in_order_decodes_while_the_caller_computes(files):

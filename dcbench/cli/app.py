@@ -43,7 +43,10 @@ def _stop(number: int, frame: object) -> None:
 
 def main() -> None:
     """Entry point: errors for the user without a traceback, Ctrl-C without noise."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads starve decoding and neighbours
+    # Before torch: idle threads wait some 0.1 ms for work, then sleep. To sleep at once costs small networks half their
+    # speed, to spin on starves decoding and neighbours (benchmarks/waiting.py).
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     before = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         app()
