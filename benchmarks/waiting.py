@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-SETTINGS = {
+SETTINGS: dict[str, dict[str, str]] = {
     "sleep at once": {"OMP_WAIT_POLICY": "passive"},
     "dcbench's": {},
     "spin on": {"OMP_WAIT_POLICY": "active"},
@@ -52,7 +52,7 @@ def main() -> None:
         for name, settings in SETTINGS.items():
             found[name].append(run(settings, arguments.clips))
     for name, rounds in found.items():
-        wall, processor = (statistics.median(r[i] for r in rounds) for i in (0, 1))
+        wall, processor = statistics.median(r[0] for r in rounds), statistics.median(r[1] for r in rounds)
         print(f"{name:<14} {wall:6.1f} s, {processor:6.1f} s of processors")
     print("the same clips:", len({digest for rounds in found.values() for *_, digest in rounds}) == 1)
 
