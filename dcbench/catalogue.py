@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, Tag, ValidationError
 
 from dcbench.errors import UserError, near_match
 
@@ -155,15 +155,23 @@ def validate(data: Mapping[str, Any], kind: type[BaseModel], source: str) -> Any
 
 def _fields_at(kind: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
     """The keys that a nested model allows, found by walking the annotations along an error's location."""
+    models = [("", kind)]
     for part in loc:
-        if isinstance(part, int) or part not in kind.model_fields:
+        if isinstance(part, int):
             continue
-        annotation: Any = kind.model_fields[part].annotation
-        nested = [annotation, *getattr(annotation, "__args__", ())]
-        models = [item for item in nested if isinstance(item, type) and issubclass(item, BaseModel)]
-        if models:
-            kind = models[0]
-    return list(kind.model_fields)
+        if len(models) > 1:  # a union: this part is the tag of the member that was chosen
+            models = [found for found in models if found[0] == part] or models[:1]
+        elif part in models[0][1].model_fields:
+            models = _models_in(models[0][1].model_fields[part].annotation) or models
+    return list(models[0][1].model_fields)
+
+
+def _models_in(annotation: Any, tag: str = "") -> list[tuple[str, type[BaseModel]]]:
+    """The models that an annotation is made of, with their tags in a union."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [(tag, annotation)]
+    tag = next((item.tag for item in getattr(annotation, "__metadata__", ()) if isinstance(item, Tag)), tag)
+    return [found for part in get_args(annotation) for found in _models_in(part, tag)]
 
 
 def _card_folder(kind: Kind) -> Path:

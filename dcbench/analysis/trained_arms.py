@@ -9,7 +9,7 @@ from dcbench.models.dynamicrafter.load import read_config
 from dcbench.record import digest
 from dcbench.training.held_out import HeldOut, held_out
 from dcbench.training.networks import PREFIXES, build
-from dcbench.training.recipe import Recipe, find_recipe
+from dcbench.training.recipe import DiffusionStage, Recipe, find_recipe
 from dcbench.training.run import run as train
 from dcbench.training.start import begin
 from dcbench.weights import atomic_write, load_tensors
@@ -66,7 +66,8 @@ def held_out_of(suite: Suite, arm: Arm, trained: Path, seed: int, data: Path | N
         recipe = arm_recipe(suite, arm, seed)
         networks = build(read_config(trained), 0)
         begin(networks, load_tensors(trained / "weights.safetensors"), tuple(PREFIXES), "dynamicrafter")
-        measured = held_out(networks, recipe, recipe.stages[-1], clips=suite.held_out_clips, data_root=data)
+        last = [stage for stage in recipe.stages if isinstance(stage, DiffusionStage)][-1]
+        measured = held_out(networks, recipe, last, clips=suite.held_out_clips, data_root=data)
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(vars(measured), indent=1))
     return HeldOut(**json.loads(path.read_text()))

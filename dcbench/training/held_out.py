@@ -16,7 +16,7 @@ from dcbench.datasets.base import find_root
 from dcbench.models.dynamicrafter.networks import Networks
 from dcbench.training.data import ClipPool
 from dcbench.training.objective import Conditions, DiffusionTask
-from dcbench.training.recipe import Recipe, Stage
+from dcbench.training.recipe import DiffusionStage, Recipe
 
 TIMES = (50, 200, 400, 600, 800, 950)
 SWAPS = ("text", "context", "vdg")
@@ -43,7 +43,7 @@ class HeldOut:
 def held_out(
     networks: Networks,
     recipe: Recipe,
-    stage: Stage,
+    stage: DiffusionStage,
     split: str = "test",
     clips: int = 64,
     batch: int = 16,

@@ -3,9 +3,9 @@
 import dataclasses
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from dcbench.catalogue import Facts, read_toml, validate
 from dcbench.errors import UserError, near_match
@@ -41,14 +41,12 @@ class Start(Facts):
     how: str = ""  # where the file comes from
 
 
-class Stage(Facts):
-    """One stage. The fields of LoopConfig, Conditions and Rebuilding, under their names, and what is learned."""
+class _Stage(Facts):
+    """What every stage says: its name, where it begins, how long and how fast it learns (LoopConfig)."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
-    objective: Literal["autoencoder", "clip", "diffusion"] = "diffusion"
     source: str = ""  # what the paper prints about this stage
     start: tuple[Start, ...] = ()  # files to begin this stage with
-    # how long and how fast
     steps: int = Field(ge=1)
     batch_size: int = Field(ge=1)
     lr: float = Field(gt=0)
@@ -63,8 +61,14 @@ class Stage(Facts):
     precision: Literal["float32", "float16", "bfloat16"] = "float32"
     save_every: int = 500
     log_every: int = 20
-    # diffusion
-    train: tuple[Role, ...] = ("context", "spatial")
+
+    def loop(self) -> LoopConfig:
+        return _as(LoopConfig, self)
+
+
+class _Conditioned(_Stage):
+    """A stage in which the U-Net runs: what it is shown (Conditions)."""
+
     context: Literal["none", "frame", "class_token"] = "frame"
     vdg: Literal["none", "frame", "ends"] = "frame"
     condition_frame: Literal["random", "first"] = "random"
@@ -73,39 +77,83 @@ class Stage(Facts):
     drop_both: float = 0.05
     drop_vdg: float = 0.0
     time_shift: float = Field(1.0, gt=0)
+
+    def conditions(self) -> Conditions:
+        return _as(Conditions, self)
+
+
+class DiffusionStage(_Conditioned):
+    """The U-Net or the query transformer learns to remove noise; `train` says which parameters."""
+
+    objective: Literal["diffusion"] = "diffusion"
+    train: tuple[Role, ...] = ("context", "spatial")
     single_frames: bool = False
     fixed_image_scale: bool = False
     min_snr: float = 0.0
-    # autoencoder
+
+
+class AutoencoderStage(_Conditioned):
+    """The autoencoder learns to rebuild frames (Rebuilding); conditions are those under which latents are predicted."""
+
+    objective: Literal["autoencoder"]
     kl_weight: float = 1e-6
     detail_weight: float = 0.0
     edge_weight: float = 0.0
     latent_noise: float = 0.0
     decoder_only: bool = False
     predicted_latents: float = Field(0.0, ge=0, le=1)
-    # clip
-    last_frames: float = Field(0.0, ge=0, le=1)
 
     @model_validator(mode="after")
-    def _predictions_fit(self) -> "Stage":
+    def _predictions_fit(self) -> "AutoencoderStage":
         if self.predicted_latents and not self.decoder_only:
             raise ValueError("predicted_latents needs decoder_only = true: the U-Net knows the latents as they are")
-        if self.predicted_latents and self.single_frames:
-            raise ValueError("predicted_latents are those of whole clips: single_frames must be false")
+        conditions = [field.name for field in dataclasses.fields(Conditions) if field.name in self.model_fields_set]
+        if conditions and not self.predicted_latents:
+            raise ValueError(f"{', '.join(conditions)}: without predicted_latents the U-Net is not asked")
         return self
 
-    def loop(self) -> LoopConfig:
-        return self._as(LoopConfig)
-
-    def conditions(self) -> Conditions:
-        return self._as(Conditions)
-
     def rebuilding(self) -> Rebuilding:
-        return self._as(Rebuilding)
+        return _as(Rebuilding, self)
 
-    def _as(self, kind: type[Part]) -> Part:
-        """The fields that a dataclass has, under their names."""
-        return kind(**{field.name: getattr(self, field.name) for field in dataclasses.fields(kind)})
+
+class ClipStage(_Stage):
+    """The two towers of CLIP learn to match frames and captions."""
+
+    objective: Literal["clip"]
+    last_frames: float = Field(0.0, ge=0, le=1)
+
+
+Stage = DiffusionStage | AutoencoderStage | ClipStage
+
+
+def runs_unet(stage: Stage) -> bool:
+    """True for a stage that needs cached latents and the U-Net as trained so far."""
+    return isinstance(stage, DiffusionStage) or (isinstance(stage, AutoencoderStage) and stage.predicted_latents > 0)
+
+
+def trains_decoder_alone(stage: Stage) -> bool:
+    return isinstance(stage, AutoencoderStage) and stage.decoder_only
+
+
+def _as(kind: type[Part], stage: _Stage) -> Part:
+    """The fields that a dataclass has, under their names."""
+    return kind(**{field.name: getattr(stage, field.name) for field in dataclasses.fields(kind)})
+
+
+def _objective(stage: Any) -> str:
+    return stage.get("objective", "diffusion") if isinstance(stage, Mapping) else stage.objective
+
+
+AnyStage = Annotated[
+    Annotated[DiffusionStage, Tag("diffusion")]
+    | Annotated[AutoencoderStage, Tag("autoencoder")]
+    | Annotated[ClipStage, Tag("clip")],
+    Discriminator(
+        _objective,
+        custom_error_type="objective",
+        custom_error_message="objective must be diffusion, autoencoder or clip",
+    ),
+]
 
 
 class Recipe(Facts):
@@ -118,7 +166,7 @@ class Recipe(Facts):
     seed: int = 0
     data: Data
     start: tuple[Start, ...] = ()
-    stages: tuple[Stage, ...] = Field(min_length=1)
+    stages: tuple[AnyStage, ...] = Field(min_length=1)
 
     def config(self) -> Config:
         values = variant(self.variant).to_dict()
@@ -137,7 +185,7 @@ class Recipe(Facts):
         """This recipe with other `fields`, with changed fields of its stages by name, and `without` some of them."""
         for name in (*stages, *without):
             self.stage(name)
-        kept = [stage.model_dump() for stage in self.stages if stage.name not in without]
+        kept = [stage.model_dump(exclude_unset=True) for stage in self.stages if stage.name not in without]
         changed = [{**stage, **stages.get(stage["name"], {})} for stage in kept]
         return validate({**self.model_dump(), "stages": changed, **fields}, Recipe, str(fields.get("name", self.name)))
 

@@ -23,7 +23,16 @@ from dcbench.training.data import CachedPool, ClipPool
 from dcbench.training.loop import Process, Task, fit, plot_log, process_group
 from dcbench.training.networks import PREFIXES, build, freeze, normalise_latents, save, set_scale_factor
 from dcbench.training.objective import AutoencoderTask, ContrastiveTask, DiffusionTask, Pool
-from dcbench.training.recipe import Recipe, Stage, Start
+from dcbench.training.recipe import (
+    AutoencoderStage,
+    ClipStage,
+    DiffusionStage,
+    Recipe,
+    Stage,
+    Start,
+    runs_unet,
+    trains_decoder_alone,
+)
 from dcbench.training.start import begin, copy_text_keys
 from dcbench.weights import atomic_write, load_tensors
 
@@ -64,7 +73,11 @@ def run(
                 copy_text_keys(networks)
             _begin(networks, stage.start, process)
             task = make_task(stage, networks, pools.get(stage))
-            identity = {"stage": stage.model_dump(), "seed": recipe.seed, "config": asdict(networks.cfg)}
+            identity = {
+                "stage": stage.model_dump(exclude_defaults=True),
+                "seed": recipe.seed,
+                "config": asdict(networks.cfg),
+            }
 
             def report(step: int, line: dict[str, float], stage: Stage = stage) -> None:
                 if progress:
@@ -74,7 +87,7 @@ def run(
             if not fit(task, stage.loop(), done.parent, seed, process, stop_after, report, identity):
                 return False
             freeze(networks)
-            if stage.objective == "autoencoder" and not stage.decoder_only:
+            if stage.objective == "autoencoder" and not trains_decoder_alone(stage):
                 normalise_latents(networks, sample_latents(networks, pools.plain()))
             if process.first:
                 _save_stage(networks, done, stage)
@@ -112,30 +125,29 @@ def _read(start: Start) -> dict[str, Tensor]:
 
 def _check_earlier(recipe: Recipe, stage: Stage, out: Path) -> None:
     """Where the U-Net runs, all but the decoder's own stages are needed; else the autoencoder and CLIP learn alone."""
-    unet = stage.objective == "diffusion" or stage.predicted_latents > 0
     for earlier in recipe.stages[: recipe.stages.index(stage)]:
-        needed = stage.objective == earlier.objective or (unet and not earlier.decoder_only)
+        needed = stage.objective == earlier.objective or (runs_unet(stage) and not trains_decoder_alone(earlier))
         if needed and not _weights(out, earlier).is_file():
             raise UserError(f"stage {stage.name} needs stage {earlier.name}, which is not finished in {out}")
 
 
 def _first_to_see_images(recipe: Recipe, stage: Stage) -> bool:
     """True for the first stage with an image context after stages that saw text alone."""
-    earlier = [s for s in recipe.stages[: recipe.stages.index(stage)] if s.objective == "diffusion"]
-    seen = stage.objective == "diffusion" and stage.context != "none"
+    earlier = [s for s in recipe.stages[: recipe.stages.index(stage)] if isinstance(s, DiffusionStage)]
+    seen = isinstance(stage, DiffusionStage) and stage.context != "none"
     return seen and bool(earlier) and all(s.context == "none" for s in earlier)
 
 
 def make_task(stage: Stage, networks: Networks, pool: Pool) -> Task:
     """The stage's objective over `pool`, with exactly its parameters trainable."""
     freeze(networks)
-    if stage.objective == "autoencoder":
+    if isinstance(stage, AutoencoderStage):
         predict = None
         if stage.predicted_latents:
             unet = DiffusionTask(networks, pool, stage.conditions(), roles=())
             predict = unet.predicted_latents
         return AutoencoderTask(networks, pool, stage.rebuilding(), predict)
-    if stage.objective == "clip":
+    if isinstance(stage, ClipStage):
         return ContrastiveTask(networks, pool, stage.last_frames)
     return DiffusionTask(
         networks, pool, stage.conditions(), stage.train, stage.single_frames, stage.fixed_image_scale, stage.min_snr
@@ -170,7 +182,7 @@ class _Pools:
     def get(self, stage: Stage) -> Pool:
         if not self.recipe.data.cache:
             return self.pool
-        return self._cached(latents=stage.objective == "diffusion" or stage.predicted_latents > 0)
+        return self._cached(latents=runs_unet(stage))
 
     def _cached(self, latents: bool) -> CachedPool:
         if latents not in self.cached:

@@ -13,7 +13,7 @@ from dcbench.training.data import ClipPool
 from dcbench.training.held_out import held_out
 from dcbench.training.networks import build, text_tokens
 from dcbench.training.objective import AutoencoderTask, Conditions, ContrastiveTask, DiffusionTask, Rebuilding
-from dcbench.training.recipe import Recipe
+from dcbench.training.recipe import DiffusionStage, Recipe
 
 ROLES = ("context", "spatial")
 
@@ -138,7 +138,9 @@ def test_swaps_exchange_one_condition(networks, pool):
 
 def test_held_out_loss_is_fixed_and_an_unused_condition_costs_nothing(networks, make_recipe):
     recipe: Recipe = make_recipe({"name": "joint"})
-    one, two = (held_out(networks, recipe, recipe.stages[0], clips=8, batch=4) for _ in range(2))
+    stage = recipe.stages[0]
+    assert isinstance(stage, DiffusionStage)
+    one, two = (held_out(networks, recipe, stage, clips=8, batch=4) for _ in range(2))
     assert one == two and one.error > 0
     assert one.reliance("text") == 0 and one.reliance("vdg") == 0  # the U-Net begins at 0 and uses nothing
     assert len(one.sampled) == 8 and one.loss == pytest.approx(sum(one.sampled) / 8)
@@ -151,7 +153,9 @@ def test_held_out_asks_every_arm_the_same_question(networks, make_recipe):
     found = {}
     for frame in ("random", "first"):
         recipe: Recipe = make_recipe({"name": "joint", "condition_frame": frame})
-        found[frame] = held_out(networks, recipe, recipe.stages[0], clips=8, batch=4)
+        stage = recipe.stages[0]
+        assert isinstance(stage, DiffusionStage)
+        found[frame] = held_out(networks, recipe, stage, clips=8, batch=4)
     assert found["random"].sampled == found["first"].sampled
     assert found["first"].loss == pytest.approx(sum(found["first"].sampled) / 8)
     assert found["random"].loss != pytest.approx(found["first"].loss, rel=1e-6)

@@ -140,8 +140,8 @@ def test_a_stage_of_the_decoder_alone_leaves_the_latents(make_recipe, tmp_path):
 def test_the_decoder_learns_from_what_the_u_net_predicts(make_recipe, tmp_path):
     """Only the decoder changes, and it does so differently than from the encoder's latents."""
     whole = {"name": "autoencoder", "objective": "autoencoder"}
-    sharpen = {"name": "sharpen", "objective": "autoencoder", "decoder_only": True, "condition_frame": "first"}
-    predicted = {**sharpen, "predicted_latents": 0.75}
+    sharpen = {"name": "sharpen", "objective": "autoencoder", "decoder_only": True}
+    predicted = {**sharpen, "predicted_latents": 0.75, "condition_frame": "first"}
     with pytest.raises(UserError, match="sharpen needs stage joint"):
         run(make_recipe(whole, JOINT, predicted), tmp_path, device="cpu", stages=("autoencoder", "sharpen"))
     for name, stage in (("predicted", predicted), ("plain", sharpen)):
@@ -155,7 +155,7 @@ def test_the_decoder_learns_from_what_the_u_net_predicts(make_recipe, tmp_path):
     assert any(not torch.equal(plain[name], new[name]) for name in new)
     for wrong, said in (
         ({"decoder_only": False}, "needs decoder_only = true"),
-        ({"single_frames": True}, "whole clips"),
+        ({"predicted_latents": 0.0}, "condition_frame: without predicted_latents"),
     ):
         with pytest.raises(ValueError, match=said):
             make_recipe({**predicted, **wrong})
@@ -224,6 +224,10 @@ def test_a_recipe_may_say_what_differs_from_another(tmp_path):
         ("[stages.bse]\nsteps = 3\n", "no stage 'bse'"),
         ("[stages.base]\nstep = 3\n", "step: unknown key"),
         ("[data]\nclip = 3\n", "clip: unknown key"),
+        ("[stages.base]\nlast_frames = 0.5\n", r"diffusion.last_frames: unknown key.*Allowed here: .*time_shift"),
+        ("[stages.clip]\ntime_shift = 4.0\n", r"clip.time_shift: unknown key.*Allowed here: .*last_frames"),
+        ("[stages.autoencoder]\ntime_shift = 4.0\n", "time_shift: without predicted_latents the U-Net is not asked"),
+        ('[stages.base]\nobjective = "gan"\n', "objective must be diffusion, autoencoder or clip"),
     ):
         file.write_text(head + wrong)
         with pytest.raises(UserError, match=message):
