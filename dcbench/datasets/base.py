@@ -1,6 +1,7 @@
 """What a dataset yields; the protocol chooses videos, frames and captions from it."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -28,7 +29,7 @@ class Item:
 class Dataset(Protocol):
     """Items sorted by id, whatever the file system's order."""
 
-    def items(self, split: str) -> list[Item]: ...
+    def items(self, split: str) -> Sequence[Item]: ...
 
     def splits(self) -> tuple[str, ...]: ...
 

@@ -6,7 +6,7 @@ the official test split, half to the training split. The same arguments give the
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,7 +87,7 @@ def _claim(out: Path, request: dict[str, Any]) -> None:
 Placed = tuple[Item, str]  # a video and its path below the root
 
 
-def _place_ucf101(test: list[Item], train: list[Item]) -> Iterator[Placed]:
+def _place_ucf101(test: Sequence[Item], train: Sequence[Item]) -> Iterator[Placed]:
     """Class = the item's label; groups 1-7 are split 1's test groups, 8-25 its training groups."""
     counts: Counter[tuple[str, int]] = Counter()
     for items, groups in ((test, range(1, 8)), (train, range(8, 26))):
@@ -113,7 +113,7 @@ def _list_ucf101(placed: list[Placed], out: Path) -> None:
         write_text(folder / f"trainlist{split}.txt", "".join(train))
 
 
-def _place_msrvtt(test: list[Item], train: list[Item]) -> Iterator[Placed]:
+def _place_msrvtt(test: Sequence[Item], train: Sequence[Item]) -> Iterator[Placed]:
     for number, item in enumerate(test, FIRST_TEST):
         yield item, f"TestVideo/video{number}.mp4"
     for number, item in enumerate(train):

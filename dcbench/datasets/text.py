@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -10,17 +11,49 @@ from dcbench.errors import UserError
 
 
 @contextlib.contextmanager
-def open_text(path: Path) -> Iterator[TextIO]:
-    """A text file; what goes wrong while it is read names it. A byte-order mark is skipped, line ends are kept."""
+def _explained(path: Path) -> Iterator[None]:
+    """What goes wrong while a file is read names it."""
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            yield file
+        yield
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.object[error.start]:#x}); save it as UTF-8") from error
     except csv.Error as error:
         raise UserError(f"{path} is no CSV file: {error}") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def open_text(path: Path) -> Iterator[TextIO]:
+    """A text file. A byte-order mark is skipped, line ends are kept."""
+    with _explained(path), path.open(encoding="utf-8-sig", newline="") as file:
+        yield file
+
+
+def csv_records(path: Path) -> Iterator[tuple[int, int, list[str]]]:
+    """(first byte, end byte, fields) of each record that is not empty, the header too; `csv_record` reads one again."""
+    end = 0
+
+    def lines(file: io.BufferedReader) -> Iterator[str]:
+        nonlocal end
+        for line in file:
+            end += len(line)
+            yield line.decode("utf-8-sig" if end == len(line) else "utf-8")
+
+    with _explained(path), path.open("rb") as file:
+        start = 0
+        for fields in csv.reader(lines(file)):
+            if fields:
+                yield start, end, fields
+            start = end
+
+
+def csv_record(path: Path, start: int, end: int) -> list[str]:
+    """The fields of one record of a CSV file, by its place in bytes."""
+    with _explained(path), path.open("rb") as file:
+        file.seek(start)
+        text = file.read(end - start).decode("utf-8")
+        return next(csv.reader(io.StringIO(text, newline="")), [])
 
 
 def read_lines(path: Path) -> list[str]:

@@ -1,14 +1,18 @@
 """WebVid: captioned web videos listed in CSV files, for training; also the release with motion annotations."""
 
-import csv
+import itertools
 import re
-from collections.abc import Mapping
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
+
+import numpy as np
 
 from dcbench.catalogue import DatasetCard
 from dcbench.datasets.base import Item
-from dcbench.datasets.text import open_text
+from dcbench.datasets.text import csv_record, csv_records
 from dcbench.errors import UserError, near_match
 from dcbench.video import VideoFile
 
@@ -36,19 +40,24 @@ class WebVid:
     def splits(self) -> tuple[str, ...]:
         return SPLITS
 
-    def items(self, split: str) -> list[Item]:
+    def items(self, split: str) -> Sequence[Item]:
         if split not in SPLITS:
             raise UserError(f"webvid: split {split!r}, expected one of {', '.join(SPLITS)}.{near_match(split, SPLITS)}")
-        items: dict[str, Item] = {}
-        for file in self._lists(split):
-            self._read(file, split, items)
-        if not items:
+        lists = [self._list(file, split) for file in self._files(split)]
+        names, place = [], array("q")
+        for number, rows in enumerate(lists):
+            for start, end, item in rows.records():
+                names.append(item.id.encode())
+                place.extend((number, start, end))
+        if not names:
             raise UserError(
                 f"webvid: no video of split {split} has a dynamic confidence of {self.min_dynamic_confidence}"
             )
-        return [items[name] for name in sorted(items)]
+        # of two rows of one video the later one counts
+        _, last = np.unique(np.array(names[::-1]), return_index=True)
+        return Videos(lists, np.array(place).reshape(-1, 3)[::-1][last])
 
-    def _lists(self, split: str) -> list[Path]:
+    def _files(self, split: str) -> list[Path]:
         if self.annotations:
             for path in (Path(self.annotations).expanduser(), self.root / self.annotations):
                 if path.is_file():
@@ -64,33 +73,77 @@ class WebVid:
             )
         return files
 
-    def _read(self, file: Path, split: str, items: dict[str, Item]) -> None:
-        with open_text(file) as lines:
-            rows = csv.DictReader(lines)
-            columns = rows.fieldnames or ()
-            needs_motion = self.min_dynamic_confidence > 0 or self.prompt == "dynamic_wording"
-            wanted = (*COLUMNS, *(MOTION_COLUMNS if needs_motion else ()))
-            missing = [name for name in wanted if name not in columns]
-            if missing:
-                raise UserError(f"{file} has no column {missing[0]}; it has {', '.join(columns) or 'none'}")
-            for number, row in enumerate(rows, 2):
-                name, page = (row["videoid"] or "").strip(), (row["page_dir"] or "").strip()
-                if not SAFE.fullmatch(name) or not all(SAFE.fullmatch(part) for part in page.split("/")):
-                    raise UserError(f"{file}, line {number}: videoid {name!r} or page_dir {page!r} is no plain name")
-                if needs_motion and self._confidence(row, file, number) < self.min_dynamic_confidence:
-                    continue
-                caption = " ".join((row[self.prompt] or row["name"] or "").split())
-                path = f"videos/{page}/{name}.mp4"
-                label = row.get("dynamic_source_category") or None
-                items[name] = Item(name, VideoFile(self.root / path), path, (caption,) if caption else (), split, label)
+    def _list(self, file: Path, split: str) -> "List":
+        columns = next((fields for *_, fields in csv_records(file)), [])
+        needs_motion = self.min_dynamic_confidence > 0 or self.prompt == "dynamic_wording"
+        wanted = (*COLUMNS, *(MOTION_COLUMNS if needs_motion else ()))
+        missing = [name for name in wanted if name not in columns]
+        if missing:
+            raise UserError(f"{file} has no column {missing[0]}; it has {', '.join(columns) or 'none'}")
+        return List(file, self.root, split, tuple(columns), self.prompt, self.min_dynamic_confidence, needs_motion)
 
-    @staticmethod
-    def _confidence(row: Mapping[str, str | None], file: Path, number: int) -> float:
+
+@dataclass(frozen=True)
+class List:
+    """One CSV file: which of its records are taken, and the video that a record names."""
+
+    file: Path
+    root: Path
+    split: str
+    columns: tuple[str, ...]
+    prompt: str
+    min_dynamic_confidence: float
+    needs_motion: bool
+
+    def records(self) -> Iterator[tuple[int, int, Item]]:
+        """First byte and end byte of the records that are taken, and their videos."""
+        for number, (start, end, fields) in enumerate(itertools.islice(csv_records(self.file), 1, None), 2):
+            if not self.needs_motion or self._confidence(fields, number) >= self.min_dynamic_confidence:
+                yield start, end, self.item(fields, f", line {number}")
+
+    def item(self, fields: Sequence[str], where: str = "") -> Item:
+        row = self._row(fields)
+        name, page = row["videoid"].strip(), row["page_dir"].strip()
+        if not SAFE.fullmatch(name) or not all(SAFE.fullmatch(part) for part in page.split("/")):
+            raise UserError(f"{self.file}{where}: videoid {name!r} or page_dir {page!r} is no plain name")
+        caption = " ".join((row[self.prompt] or row["name"]).split())
+        path = f"videos/{page}/{name}.mp4"
+        label = row.get("dynamic_source_category") or None
+        return Item(name, VideoFile(self.root / path), path, (caption,) if caption else (), self.split, label)
+
+    def _row(self, fields: Sequence[str]) -> dict[str, str]:
+        return dict(itertools.zip_longest(self.columns, fields[: len(self.columns)], fillvalue=""))
+
+    def _confidence(self, fields: Sequence[str], number: int) -> float:
+        value = self._row(fields)["dynamic_confidence"]
         try:
-            return float(row["dynamic_confidence"] or 0)
+            return float(value or 0)
         except ValueError as error:
-            value = row["dynamic_confidence"]
-            raise UserError(f"{file}, line {number}: dynamic_confidence {value!r} is no number") from error
+            raise UserError(f"{self.file}, line {number}: dynamic_confidence {value!r} is no number") from error
+
+
+class Videos(Sequence[Item]):
+    """Videos by id, read from their line of a CSV file when they are asked for.
+
+    Ten million take 240 MB so; as items they would take 10 GB in each process of a training.
+    """
+
+    def __init__(self, lists: Sequence[List], places: np.ndarray) -> None:
+        self.lists, self.places = lists, places  # [n, 3]: number of the list, first byte, end byte
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Videos": ...
+    def __getitem__(self, index: int | slice) -> "Item | Videos":
+        if isinstance(index, slice):
+            return Videos(self.lists, self.places[index])
+        number, start, end = self.places[index].tolist()
+        rows = self.lists[number]
+        return rows.item(csv_record(rows.file, start, end))
 
 
 def load(card: DatasetCard, root: Path | None, options: Mapping[str, Any]) -> WebVid:

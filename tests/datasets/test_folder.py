@@ -123,7 +123,28 @@ def test_webvid_lists(webvid):
     (moving,) = WebVid(webvid, min_dynamic_confidence=50, prompt="dynamic_wording").items("train")
     assert (moving.id, moving.captions, moving.label) == ("9", ("man walks",), "human")
     card = find_dataset("webvid")
-    assert load_entry_point(card)(card, webvid, card.options).items("val") == [item]
+    assert list(load_entry_point(card)(card, webvid, card.options).items("val")) == [item]
+
+
+def test_webvid_reads_a_video_from_its_place_in_the_list(tmp_path):
+    """Byte-order mark, umlauts, line ends within a caption, empty lines; of two rows of a video the later counts."""
+    first = b'\xef\xbb\xbfvideoid,page_dir,name\r\n3,a,"F\xc3\xbcnf \n ""Katzen"""\r\n\r\n1,a,one\r\n2,b\r\n'
+    (tmp_path / "one_train.csv").write_bytes(first)
+    (tmp_path / "two_train.csv").write_bytes(b"name,page_dir,videoid\nanew,c,1\nten,c,10\nlast,c,4")
+    items = WebVid(tmp_path).items("train")
+    assert [(item.id, item.captions, item.path) for item in items] == [
+        ("1", ("anew",), "videos/c/1.mp4"),
+        ("10", ("ten",), "videos/c/10.mp4"),
+        ("2", (), "videos/b/2.mp4"),
+        ("3", ('F\xfcnf "Katzen"',), "videos/a/3.mp4"),
+        ("4", ("last",), "videos/c/4.mp4"),
+    ]
+    assert [item.id for item in items[1:3]] == ["10", "2"] and items[-1].id == "4" and len(items[:0]) == 0
+    with pytest.raises(IndexError):
+        items[5]
+    (tmp_path / "two_train.csv").write_bytes(b"name,page_dir,videoid\n\xff,c,1\n")
+    with pytest.raises(UserError, match=r"two_train.csv is not UTF-8 text"):
+        WebVid(tmp_path).items("train")
 
 
 def test_webvid_errors(webvid, tmp_path):
