@@ -73,18 +73,18 @@ class WebVid:
             )
         return files
 
-    def _list(self, file: Path, split: str) -> "List":
+    def _list(self, file: Path, split: str) -> "Listing":
         columns = next((fields for *_, fields in csv_records(file)), [])
         needs_motion = self.min_dynamic_confidence > 0 or self.prompt == "dynamic_wording"
         wanted = (*COLUMNS, *(MOTION_COLUMNS if needs_motion else ()))
         missing = [name for name in wanted if name not in columns]
         if missing:
             raise UserError(f"{file} has no column {missing[0]}; it has {', '.join(columns) or 'none'}")
-        return List(file, self.root, split, tuple(columns), self.prompt, self.min_dynamic_confidence, needs_motion)
+        return Listing(file, self.root, split, tuple(columns), self.prompt, self.min_dynamic_confidence, needs_motion)
 
 
 @dataclass(frozen=True)
-class List:
+class Listing:
     """One CSV file: which of its records are taken, and the video that a record names."""
 
     file: Path
@@ -128,7 +128,7 @@ class Videos(Sequence[Item]):
     Ten million take 240 MB so; as items they would take 10 GB in each process of a training.
     """
 
-    def __init__(self, lists: Sequence[List], places: np.ndarray) -> None:
+    def __init__(self, lists: Sequence[Listing], places: np.ndarray) -> None:
         self.lists, self.places = lists, places  # [n, 3]: number of the list, first byte, end byte
 
     def __len__(self) -> int:
