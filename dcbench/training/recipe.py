@@ -107,7 +107,8 @@ class AutoencoderStage(_Conditioned):
     def _predictions_fit(self) -> "AutoencoderStage":
         if self.predicted_latents and not self.decoder_only:
             raise ValueError("predicted_latents needs decoder_only = true: the U-Net knows the latents as they are")
-        conditions = [field.name for field in dataclasses.fields(Conditions) if field.name in self.model_fields_set]
+        names = [field.name for field in dataclasses.fields(Conditions)]
+        conditions = [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
         if conditions and not self.predicted_latents:
             raise ValueError(f"{', '.join(conditions)}: without predicted_latents the U-Net is not asked")
         return self
@@ -185,7 +186,7 @@ class Recipe(Facts):
         """This recipe with other `fields`, with changed fields of its stages by name, and `without` some of them."""
         for name in (*stages, *without):
             self.stage(name)
-        kept = [stage.model_dump(exclude_unset=True) for stage in self.stages if stage.name not in without]
+        kept = [stage.model_dump() for stage in self.stages if stage.name not in without]
         changed = [{**stage, **stages.get(stage["name"], {})} for stage in kept]
         return validate({**self.model_dump(), "stages": changed, **fields}, Recipe, str(fields.get("name", self.name)))
 

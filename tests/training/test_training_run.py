@@ -205,6 +205,7 @@ def test_every_shipped_recipe_is_valid():
     for name in names:
         recipe = find_recipe(name)
         assert recipe.name == name
+        assert type(recipe).model_validate_json(recipe.model_dump_json()) == recipe
         recipe.config()
     with pytest.raises(UserError, match="tiny"):
         find_recipe("tinny")
