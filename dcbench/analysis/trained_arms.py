@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 from dcbench.analysis.suite import Arm, Suite
+from dcbench.errors import UserError
 from dcbench.models.dynamicrafter.load import read_config
 from dcbench.record import digest
 from dcbench.training.held_out import HeldOut, held_out
@@ -17,8 +18,11 @@ from dcbench.weights import atomic_write, load_tensors
 
 def arm_recipe(suite: Suite, arm: Arm, seed: int) -> Recipe:
     """The suite's recipe with the suite's and the arm's changes and this seed; unknown stages and fields are errors."""
-    recipe = find_recipe(suite.recipe)
-    return recipe.varied(suite.stages).varied(arm.stages, arm.without, seed=recipe.seed + seed)
+    whole = find_recipe(suite.recipe)
+    recipe = whole.varied(suite.stages).varied(arm.stages, arm.without, seed=whole.seed + seed)
+    if not any(isinstance(stage, DiffusionStage) for stage in recipe.stages):
+        raise UserError(f"suite {suite.name}, arm {arm.name!r}: no diffusion stage is left, so no loss can be compared")
+    return recipe
 
 
 def train_arm(suite: Suite, arm: Arm, out: Path, folder: Path, seed: int, data: Path | None) -> Path:

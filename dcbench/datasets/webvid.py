@@ -37,6 +37,10 @@ class WebVid:
         if prompt not in ("name", "dynamic_wording"):
             raise UserError(f"webvid: prompt = {prompt!r}, expected 'name' or 'dynamic_wording'")
 
+    @property
+    def needs_motion(self) -> bool:
+        return self.min_dynamic_confidence > 0 or self.prompt == "dynamic_wording"
+
     def splits(self) -> tuple[str, ...]:
         return SPLITS
 
@@ -75,30 +79,27 @@ class WebVid:
 
     def _list(self, file: Path, split: str) -> "Listing":
         columns = next((fields for *_, fields in csv_records(file)), [])
-        needs_motion = self.min_dynamic_confidence > 0 or self.prompt == "dynamic_wording"
-        wanted = (*COLUMNS, *(MOTION_COLUMNS if needs_motion else ()))
+        wanted = (*COLUMNS, *(MOTION_COLUMNS if self.needs_motion else ()))
         missing = [name for name in wanted if name not in columns]
         if missing:
             raise UserError(f"{file} has no column {missing[0]}; it has {', '.join(columns) or 'none'}")
-        return Listing(file, self.root, split, tuple(columns), self.prompt, self.min_dynamic_confidence, needs_motion)
+        return Listing(self, file, split, tuple(columns))
 
 
 @dataclass(frozen=True)
 class Listing:
     """One CSV file: which of its records are taken, and the video that a record names."""
 
+    source: WebVid
     file: Path
-    root: Path
     split: str
     columns: tuple[str, ...]
-    prompt: str
-    min_dynamic_confidence: float
-    needs_motion: bool
 
     def records(self) -> Iterator[tuple[int, int, Item]]:
         """First byte and end byte of the records that are taken, and their videos."""
+        source = self.source
         for number, (start, end, fields) in enumerate(itertools.islice(csv_records(self.file), 1, None), 2):
-            if not self.needs_motion or self._confidence(fields, number) >= self.min_dynamic_confidence:
+            if not source.needs_motion or self._confidence(fields, number) >= source.min_dynamic_confidence:
                 yield start, end, self.item(fields, f", line {number}")
 
     def item(self, fields: Sequence[str], where: str = "") -> Item:
@@ -106,10 +107,10 @@ class Listing:
         name, page = row["videoid"].strip(), row["page_dir"].strip()
         if not SAFE.fullmatch(name) or not all(SAFE.fullmatch(part) for part in page.split("/")):
             raise UserError(f"{self.file}{where}: videoid {name!r} or page_dir {page!r} is no plain name")
-        caption = " ".join((row[self.prompt] or row["name"]).split())
+        caption = " ".join((row[self.source.prompt] or row["name"]).split())
         path = f"videos/{page}/{name}.mp4"
         label = row.get("dynamic_source_category") or None
-        return Item(name, VideoFile(self.root / path), path, (caption,) if caption else (), self.split, label)
+        return Item(name, VideoFile(self.source.root / path), path, (caption,) if caption else (), self.split, label)
 
     def _row(self, fields: Sequence[str]) -> dict[str, str]:
         return dict(itertools.zip_longest(self.columns, fields[: len(self.columns)], fillvalue=""))

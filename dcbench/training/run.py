@@ -73,11 +73,8 @@ def run(
                 copy_text_keys(networks)
             _begin(networks, stage.start, process)
             task = make_task(stage, networks, pools.get(stage))
-            identity = {
-                "stage": stage.model_dump(exclude_defaults=True),
-                "seed": recipe.seed,
-                "config": asdict(networks.cfg),
-            }
+            settings = stage.model_dump(exclude_defaults=True)  # a field that a later version gains is no other setting
+            identity = {"stage": settings, "seed": recipe.seed, "config": asdict(networks.cfg)}
 
             def report(step: int, line: dict[str, float], stage: Stage = stage) -> None:
                 if progress:

@@ -10,6 +10,7 @@ from dcbench.analysis.ablation import rebuild, run_suite
 from dcbench.analysis.suite import Suite
 from dcbench.analysis.trained_arms import arm_recipe
 from dcbench.catalogue import ModelCard, find_dataset, find_model
+from dcbench.errors import UserError
 from dcbench.protocol import find_protocol
 from dcbench.training.run import run as train
 from dcbench.weights import load_tensors
@@ -174,18 +175,12 @@ def test_trained_arms_share_their_base_and_differ_by_what_they_say(tmp_path):
     assert "seeds 1, 2" in table and rebuild(tmp_path / "out") == table
 
 
-def test_an_unknown_stage_of_an_arm_is_refused(tmp_path):
-    (tmp_path / "micro.toml").write_text(RECIPE)
-    arm = {"name": "ours", "stages": {"jiont": {"steps": 1}}}
-    suite = Suite.model_validate(
-        {
-            "name": "own",
-            "title": "",
-            "kind": "training",
-            "recipe": str(tmp_path / "micro.toml"),
-            "shared": "base",
-            "arms": [arm],
-        }
-    )
-    with pytest.raises(ValueError, match="joint"):
-        both(suite, tmp_path / "out")
+def test_arms_without_a_stage_that_can_be_compared_are_refused(tmp_path):
+    clip = 'name = "clip"\nobjective = "clip"\nsteps = 1\nbatch_size = 2\nlr = 1e-3\n'
+    recipe, arms = tmp_path / "micro.toml", ({"name": "ours", "stages": {"jiont": {"steps": 1}}}, {"name": "ours"})
+    without_diffusion = RECIPE.split("[[stages]]")[0] + "[[stages]]\n" + clip
+    common = {"name": "own", "title": "", "kind": "training", "recipe": str(recipe), "shared": "base"}
+    for text, arm, said in ((RECIPE, arms[0], "joint"), (without_diffusion, arms[1], "no diffusion")):
+        recipe.write_text(text)
+        with pytest.raises(UserError, match=said):
+            both(Suite.model_validate({**common, "arms": [arm]}), tmp_path / "out")
