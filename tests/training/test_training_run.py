@@ -9,7 +9,7 @@ from torch import nn
 from dcbench.errors import UserError
 from dcbench.models.dynamicrafter.unet import parameter_role
 from dcbench.training import loop
-from dcbench.training.loop import LoopConfig, Task, make_optimisers
+from dcbench.training.loop import LoopConfig, Task, make_optimisers, orthogonalise
 from dcbench.training.networks import build, normalise_latents
 from dcbench.training.objective import draw_times
 from dcbench.training.recipe import FOLDER, find_recipe
@@ -236,12 +236,16 @@ def test_a_recipe_may_say_what_differs_from_another(tmp_path):
 
 
 def test_muon_turns_matrices_by_their_gradient_alone():
-    """A kernel moves like PyTorch's own Muon moves the matrix it is; biases are AdamW's."""
+    """A kernel moves like the matrix it is, as PyTorch's own Muon moves it in bfloat16; biases are AdamW's.
+
+    Measured: 1.7 % of the way that three steps go, which is bfloat16's rounding.
+    """
     torch.manual_seed(0)
     task = Task()
     task.conv, task.linear = nn.Conv3d(4, 6, (3, 1, 1)), nn.Linear(5, 7)
     copies = {name: nn.Parameter(p.detach().reshape(len(p), -1).clone()) for name, p in task.named_parameters()}
     trained = dict(task.named_parameters())
+    before = {name: p.detach().clone() for name, p in trained.items()}
     adamw, muon = make_optimisers(task, trained, LoopConfig(steps=1, batch_size=1, lr=1e-3, muon_lr=0.01))
     assert [len(made.param_groups[0]["params"]) for made in (adamw, muon)] == [2, 2]
     reference = torch.optim.Muon([copies["conv.weight"], copies["linear.weight"]], lr=0.01, weight_decay=0.0)
@@ -253,7 +257,21 @@ def test_muon_turns_matrices_by_their_gradient_alone():
         muon.step()
         reference.step()
     for name in ("conv.weight", "linear.weight"):
-        assert torch.equal(trained[name].reshape(len(trained[name]), -1), copies[name])
+        off, way = trained[name].flatten(1) - copies[name], trained[name] - before[name]
+        assert off.norm() < 0.03 * way.norm()
+
+
+@pytest.mark.parametrize("shape", [(5, 12), (12, 5), (7, 7)])
+def test_orthogonalise_moves_singular_values_alone(shape):
+    """Against the polynomial on the singular values, in float64. Measured: 1.1e-6 of the norm."""
+    matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    for matrix, found in zip(matrices.double(), orthogonalise(matrices), strict=True):
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+        s = s / matrix.norm()
+        for _ in range(5):
+            s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+        wanted = u @ torch.diag(s) @ vh
+        assert (found - wanted).norm() < 5e-6 * wanted.norm()
 
 
 def test_muon_leaves_the_ends_and_embeddings_of_the_network_to_adamw(make_recipe):
