@@ -42,12 +42,16 @@ def data_verify(
     split: Annotated[str | None, typer.Option("--split", help="Default: every split.")] = None,
     min_frames: Annotated[int, typer.Option("--min-frames", help="Report shorter videos.")] = 16,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Decoding processes.")] = 2,
+    unusable: Annotated[
+        Path | None, typer.Option("--unusable", help="A file for the paths of videos that training must leave out.")
+    ] = None,
 ) -> None:
     """Decode every video and list what is broken, damaged, short, duplicated or missing. Exit code 1 if any is."""
     from dcbench.catalogue import find_dataset, load_entry_point
     from dcbench.datasets.base import find_root
     from dcbench.datasets.verify import verify
     from dcbench.errors import near_match
+    from dcbench.record import write_text
 
     card = find_dataset(dataset)
     root = find_root(card, data)
@@ -57,6 +61,8 @@ def data_verify(
         raise UserError(f'{card.name} has no split "{split}".{near_match(split, splits)} It has: {", ".join(splits)}.')
     chosen = [split] if split else ["all"] if "all" in splits else list(splits)
     results = [verify(source, name, root, min_frames, workers) for name in chosen]
+    if unusable:
+        write_text(unusable, "".join(f"{path}\n" for result in results for path in result.unusable))
     print("\n\n".join(result.text() for result in results))
     if not all(result.ok for result in results):
         raise typer.Exit(1)

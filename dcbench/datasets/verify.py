@@ -21,6 +21,7 @@ class Verification:
     checked: int = 0
     frames: int = 0
     min_frames: int = 0
+    unusable: list[str] = field(default_factory=list)  # all of the next four, for a list to leave out
     missing: list[str] = field(default_factory=list)  # listed, but there is no such file
     broken: list[str] = field(default_factory=list)  # "path: reason"; no frame can be read
     damaged: list[str] = field(default_factory=list)  # "path: reason"; the frames before the damage can be read
@@ -64,6 +65,8 @@ def verify(
     found = in_order(_examine, items, workers)
     for item, facts in track(zip(items, found, strict=True), len(items), f"verifying {split}", quiet=quiet):
         result.checked += 1
+        if isinstance(facts, UserError) or _damage(facts) or facts.frames < min_frames:
+            result.unusable.append(item.path)
         path = item.video.path if isinstance(item.video, VideoFile) else None
         if isinstance(facts, UserError):
             if path is not None and not path.exists():

@@ -12,7 +12,7 @@ import numpy as np
 
 from dcbench.catalogue import DatasetCard
 from dcbench.datasets.base import Item
-from dcbench.datasets.text import csv_record, csv_records
+from dcbench.datasets.text import csv_record, csv_records, read_lines
 from dcbench.errors import UserError, near_match
 from dcbench.video import VideoFile
 
@@ -26,14 +26,24 @@ class WebVid:
     """Videos `videos/<page_dir>/<videoid>.mp4` of the CSV files in the root; `train` and `val` by the file's name.
 
     With motion annotations: `min_dynamic_confidence` keeps the captions that speak of motion, and prompt =
-    "dynamic_wording" takes the words of motion in place of the caption (DynamiCrafter, arXiv 2310.12190).
+    "dynamic_wording" takes the words of motion in place of the caption (DynamiCrafter, arXiv 2310.12190). `exclude`
+    names a file of videos to leave out, an id or a path a line: of ten million web videos some cannot be read.
     """
 
-    def __init__(self, root: Path, annotations: str = "", min_dynamic_confidence: float = 0, prompt: str = "name"):
+    def __init__(
+        self,
+        root: Path,
+        annotations: str = "",
+        min_dynamic_confidence: float = 0,
+        prompt: str = "name",
+        exclude: str = "",
+    ):
         self.root = root
         self.annotations = annotations
         self.min_dynamic_confidence = min_dynamic_confidence
         self.prompt = prompt
+        lines = read_lines(self._find(exclude, "exclude")) if exclude else []
+        self.excluded = frozenset(line.strip() for line in lines)
         if prompt not in ("name", "dynamic_wording"):
             raise UserError(f"webvid: prompt = {prompt!r}, expected 'name' or 'dynamic_wording'")
 
@@ -51,11 +61,14 @@ class WebVid:
         names, place = [], array("q")
         for number, rows in enumerate(lists):
             for start, end, item in rows.records():
+                if item.id in self.excluded or item.path in self.excluded:
+                    continue
                 names.append(item.id.encode())
                 place.extend((number, start, end))
         if not names:
             raise UserError(
                 f"webvid: no video of split {split} has a dynamic confidence of {self.min_dynamic_confidence}"
+                + (" and is not excluded" if self.excluded else "")
             )
         # of two rows of one video the later one counts
         _, last = np.unique(np.array(names[::-1]), return_index=True)
@@ -63,12 +76,7 @@ class WebVid:
 
     def _files(self, split: str) -> list[Path]:
         if self.annotations:
-            for path in (Path(self.annotations).expanduser(), self.root / self.annotations):
-                if path.is_file():
-                    return [path]
-            raise UserError(
-                f"webvid: annotations = {self.annotations!r} is no file, neither by itself nor in {self.root}"
-            )
+            return [self._find(self.annotations, "annotations")]
         files = sorted(file for file in self.root.glob("*.csv") if (split == "val") == ("val" in file.stem))
         if not files:
             raise UserError(
@@ -76,6 +84,12 @@ class WebVid:
                 f"with the columns {', '.join(COLUMNS)}, and videos/<page_dir>/<videoid>.mp4"
             )
         return files
+
+    def _find(self, name: str, option: str) -> Path:
+        for path in (Path(name).expanduser(), self.root / name):
+            if path.is_file():
+                return path
+        raise UserError(f"webvid: {option} = {name!r} is no file, neither by itself nor in {self.root}")
 
     def _list(self, file: Path, split: str) -> "Listing":
         columns = next((fields for *_, fields in csv_records(file)), [])
@@ -152,4 +166,4 @@ def load(card: DatasetCard, root: Path | None, options: Mapping[str, Any]) -> We
     if root is None:
         raise UserError("webvid needs its files: give --data DIR")
     given = {**card.options, **options}
-    return WebVid(root, given["annotations"], float(given["min_dynamic_confidence"]), given["prompt"])
+    return WebVid(root, given["annotations"], float(given["min_dynamic_confidence"]), given["prompt"], given["exclude"])

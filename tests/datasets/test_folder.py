@@ -147,6 +147,18 @@ def test_webvid_reads_a_video_from_its_place_in_the_list(tmp_path):
         WebVid(tmp_path).items("train")
 
 
+def test_webvid_leaves_out_what_a_list_names(webvid):
+    """By id or by path; names of other splits do no harm."""
+    for line, left in (("9", ["10"]), ("videos/000001_000050/10.mp4", ["9"]), ("21\r\n\n9 ", ["10"])):
+        (webvid / "bad.txt").write_text(f"{line}\n", newline="")
+        assert [item.id for item in WebVid(webvid, exclude="bad.txt").items("train")] == left
+    (webvid / "bad.txt").write_text("9\n10\n")
+    with pytest.raises(UserError, match=r"no video of split train .* is not excluded"):
+        WebVid(webvid, exclude=str(webvid / "bad.txt")).items("train")
+    with pytest.raises(UserError, match=r"exclude = 'worse.txt' is no file"):
+        WebVid(webvid, exclude="worse.txt")
+
+
 def test_webvid_errors(webvid, tmp_path):
     with pytest.raises(UserError, match="no column dynamic_confidence"):
         WebVid(webvid, min_dynamic_confidence=50).items("val")

@@ -1,6 +1,8 @@
 """Procedural videos in official layouts, read back by the real loaders; everything wrong with files is listed."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -111,6 +113,13 @@ def test_verify_lists_everything_that_is_wrong(made, tmp_path):
     (short,) = (x for v in found for x in v.short)
     assert short.startswith(f"{names[4]}: ")
     assert found[0].unused == ["UCF-101/stray.avi"]
+    unusable = {x for v in found for x in v.unusable}
+    assert unusable == {names[0], names[1], names[4]}
+    list_of = tmp_path / "lists" / "bad.txt"
+    call = ["data", "verify", "ucf101", "--data", str(root), "--min-frames", "18", "--unusable", str(list_of)]
+    done = subprocess.run([sys.executable, "-m", "dcbench", *call], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert set(list_of.read_text().splitlines()) == unusable - {names[0]}  # the split "all" is what lies in the folder
     text = found[0].text() + found[1].text()
     for word in ("missing: 1", "broken: 1", "damaged: 1", "shorter than 18 frames: 1", "duplicated (same pixels): 1"):
         assert word in text
