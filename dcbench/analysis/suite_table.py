@@ -41,11 +41,16 @@ class Row:
         self.clips = record.n_planned
 
     def add_held_out(self, measured: HeldOut, first: HeldOut) -> None:
-        """An arm's losses; under the conditions of sampling also the paired difference from the suite's first arm."""
+        """An arm's losses; under the conditions of sampling also the paired difference from the suite's first arm.
+
+        A swap's interval is of the growth over clips, in units of the mean loss.
+        """
         half = 1.96 * measured.error
         self.add("held_out_loss", measured.loss, (measured.loss - half, measured.loss + half))
         for swap in SWAPS:
-            self.add(f"swap_{swap}", measured.reliance(swap), None)
+            growth = mean_interval(measured.growth[swap]) if measured.growth else None
+            relative = (growth[0] / measured.loss, growth[1] / measured.loss) if growth else None
+            self.add(f"swap_{swap}", measured.reliance(swap), relative)
         if measured.sampled and first.sampled:
             mean = sum(measured.sampled) / len(measured.sampled)
             self.add("first_frame_loss", mean, mean_interval(measured.sampled))

@@ -4,7 +4,8 @@ Two arms of an ablation are compared on the same clips, time steps and noise, so
 own; it needs seconds where FVD needs hundreds of samples.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -26,13 +27,15 @@ SWAPS = ("text", "context", "vdg")
 class HeldOut:
     """Mean loss, its standard error over clips, and the loss with each condition swapped.
 
-    sampled: the loss of each clip with its first frame as the condition, as when it is sampled; empty in older files.
+    sampled: the loss of each clip with its first frame as the condition, as when it is sampled. growth: by how much
+    the loss of each clip grows with a condition swapped. Both are empty in older files.
     """
 
     loss: float
     error: float
     swapped: dict[str, float]
     sampled: tuple[float, ...] = ()
+    growth: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def reliance(self, condition: str) -> float:
         """Relative growth of the loss when this condition is another clip's: 0 = it is not used."""
@@ -81,9 +84,11 @@ def held_out(
 
     own = losses(stage.condition_frame)
     sampled = own if stage.condition_frame == "first" else losses("first")
+    swapped = {swap: losses(stage.condition_frame, swap) for swap in SWAPS}
     return HeldOut(
         float(own.mean()),
         float(own.std() / clips**0.5) if clips > 1 else float("nan"),
-        {swap: float(losses(stage.condition_frame, swap).mean()) for swap in SWAPS},
+        {swap: float(loss.mean()) for swap, loss in swapped.items()},
         tuple(sampled.tolist()),
+        {swap: tuple((loss - own).tolist()) for swap, loss in swapped.items()},
     )

@@ -144,6 +144,7 @@ def test_held_out_loss_is_fixed_and_an_unused_condition_costs_nothing(networks, 
     assert one == two and one.error > 0
     assert one.reliance("text") == 0 and one.reliance("vdg") == 0  # the U-Net begins at 0 and uses nothing
     assert len(one.sampled) == 8 and one.loss == pytest.approx(sum(one.sampled) / 8)
+    assert one.growth["text"] == one.growth["vdg"] == (0.0,) * 8
 
 
 def test_held_out_asks_every_arm_the_same_question(networks, make_recipe):
@@ -159,6 +160,9 @@ def test_held_out_asks_every_arm_the_same_question(networks, make_recipe):
     assert found["random"].sampled == found["first"].sampled
     assert found["first"].loss == pytest.approx(sum(found["first"].sampled) / 8)
     assert found["random"].loss != pytest.approx(found["first"].loss, rel=1e-6)
+    for swap, growth in found["first"].growth.items():
+        assert sum(growth) / 8 == pytest.approx(found["first"].reliance(swap) * found["first"].loss, abs=1e-9)
+    assert any(found["first"].growth["vdg"])
 
 
 def test_details_weigh_more_and_the_latents_may_stay(networks, pool):
