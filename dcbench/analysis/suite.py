@@ -43,7 +43,7 @@ class Suite(Facts):
     published: str = ""  # the heading of the paper's columns
     x_label: str = ""
     recipe: str = ""  # training: the recipe that the arms vary
-    shared: str = ""  # training: its last stage that all arms have in common
+    shared: str = ""  # training: its last stage that all arms have in common; none: they share the files it begins with
     stages: dict[str, dict[str, Any]] = {}  # training: fields of the recipe's stages that differ in every arm
     held_out_clips: int = Field(default=64, ge=1)
     metrics: tuple[str, ...] = ("fvd", "pic", "ssim_image", "motion")  # SSIM where DreamSim's weights are missing
@@ -71,8 +71,8 @@ def _checked(suite: Suite) -> Suite:
     names = [arm.name for arm in suite.arms]
     if double := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"suite {suite.name}: two arms are called {', '.join(double)}")
-    if suite.kind == "training" and not (suite.recipe and suite.shared):
-        raise UserError(f"suite {suite.name}: a training suite names its `recipe` and its last `shared` stage")
+    if suite.kind == "training" and not suite.recipe:
+        raise UserError(f"suite {suite.name}: a training suite names its `recipe`")
     return suite
 
 

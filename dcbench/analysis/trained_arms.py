@@ -1,4 +1,4 @@
-"""Arms of a training suite: what they share is trained once, then each arm's own stages from there."""
+"""Arms of a training suite: what they share is trained once, or comes with the recipe; then each arm's own stages."""
 
 import json
 import shutil
@@ -10,10 +10,10 @@ from dcbench.models.dynamicrafter.load import read_config
 from dcbench.record import digest
 from dcbench.training.held_out import HeldOut, held_out
 from dcbench.training.networks import PREFIXES, build
-from dcbench.training.recipe import DiffusionStage, Recipe, find_recipe
+from dcbench.training.recipe import AutoencoderStage, DiffusionStage, Recipe, find_recipe, trains_decoder_alone
 from dcbench.training.run import run as train
 from dcbench.training.start import begin
-from dcbench.weights import atomic_write, load_tensors
+from dcbench.weights import atomic_write, load_tensors, sha256_file
 
 
 def arm_recipe(suite: Suite, arm: Arm, seed: int) -> Recipe:
@@ -32,24 +32,36 @@ def train_arm(suite: Suite, arm: Arm, out: Path, folder: Path, seed: int, data: 
     """
     whole, recipe = find_recipe(suite.recipe), arm_recipe(suite, arm, seed)
     names = [stage.name for stage in whole.stages]
-    shared = tuple(names[: names.index(whole.stage(suite.shared).name) + 1])
+    shared = tuple(names[: names.index(whole.stage(suite.shared).name) + 1]) if suite.shared else ()
     common, target = out / "shared", folder / f"training-{seed}"
-    train(whole, common, data, shared, device="cpu")
+    if shared:
+        train(whole, common, data, shared, device="cpu")
     for name in shared:
         _take_stage(common / name, target / name)
-    if (common / "latents.safetensors").is_file() and not (target / "latents.safetensors").is_file():
-        target.mkdir(parents=True, exist_ok=True)
-        shutil.copy(common / "latents.safetensors", target / "latents.safetensors")
-    for count, stage in enumerate(recipe.stages, 1):
-        if stage.name in shared:
-            continue
-        so_far = recipe.model_copy(update={"stages": recipe.stages[:count], "summary": ""})
-        kept = out / "stages" / f"{stage.name}-{digest(so_far.model_dump(mode='json'))}"
+    begun = {start.file: sha256_file(start.path) for start in recipe.start if start.path.is_file()}
+    own = [stage for stage in recipe.stages if stage.name not in shared]
+    same_latents = all(trains_decoder_alone(stage) or not isinstance(stage, AutoencoderStage) for stage in own)
+    if same_latents:
+        _take_latents(common, target)
+    for stage in own:
+        so_far = recipe.model_copy(update={"stages": recipe.stages[: recipe.stages.index(stage) + 1], "summary": ""})
+        kept = out / "stages" / f"{stage.name}-{digest([so_far.model_dump(mode='json'), begun])}"
         _take_stage(kept, target / stage.name)
         train(recipe, target, data, (stage.name,), device="cpu")
         _take_stage(target / stage.name, kept)
     train(recipe, target, data, device="cpu")  # writes the model's files
+    if same_latents:
+        _take_latents(target, common)
     return target
+
+
+def _take_latents(source: Path, target: Path) -> None:
+    """The cached latents of one autoencoder, copied to where they are missing."""
+    name = "latents.safetensors"
+    if (source / name).is_file() and not (target / name).is_file():
+        target.mkdir(parents=True, exist_ok=True)
+        with atomic_write(target / name) as temporary:
+            shutil.copyfile(source / name, temporary)
 
 
 def _take_stage(source: Path, target: Path) -> None:

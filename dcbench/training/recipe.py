@@ -10,6 +10,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from dcbench.catalogue import Facts, read_toml, validate
 from dcbench.errors import UserError, near_match
 from dcbench.models.dynamicrafter.config import Config, variant
+from dcbench.models.dynamicrafter.load import PACKAGE
 from dcbench.training.loop import LoopConfig
 from dcbench.training.objective import Conditions, Rebuilding
 from dcbench.training.start import Layout
@@ -34,11 +35,16 @@ class Data(Facts):
 class Start(Facts):
     """Weights to begin with: a checkpoint file and which parts of the model to take from it."""
 
-    file: str
+    file: str  # `dcbench:tiny/base.safetensors` is one that comes with dcbench
     parts: tuple[Literal["unet", "query_transformer", "autoencoder", "text", "image"], ...]
     layout: Layout = "dynamicrafter"
     keep: tuple[Role, ...] = ()  # roles of parameters that stay as the stages before have made them
     how: str = ""  # where the file comes from
+
+    @property
+    def path(self) -> Path:
+        shipped = self.file.removeprefix("dcbench:")
+        return Path(self.file).expanduser() if shipped == self.file else PACKAGE / shipped
 
 
 class _Stage(Facts):
@@ -197,6 +203,7 @@ class Variation(Facts):
     extends: str
     name: str
     summary: str
+    start: tuple[Start, ...] | None = None
     data: dict[str, Any] = {}
     stages: dict[str, dict[str, Any]] = {}
     without: tuple[str, ...] = ()
@@ -204,7 +211,9 @@ class Variation(Facts):
     def recipe(self) -> Recipe:
         whole = find_recipe(self.extends)
         data = {**whole.data.model_dump(), **self.data}
-        return whole.varied(self.stages, self.without, name=self.name, summary=self.summary, data=data)
+        start = whole.start if self.start is None else self.start
+        fields = {"name": self.name, "summary": self.summary, "start": start, "data": data}
+        return whole.varied(self.stages, self.without, **fields)
 
 
 def find_recipe(name: str) -> Recipe:

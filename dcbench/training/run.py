@@ -1,6 +1,6 @@
 """`dcbench train`: the stages of a recipe one after the other, each resumable, into one directory.
 
-<out>/<stage>/{state.pt, log.jsonl, weights.safetensors}  <out>/loss.png
+<out>/<stage>/{state.pt, log.jsonl, weights.safetensors}  <out>/loss.png  <out>/start.json
 <out>/weights.safetensors  <out>/config.json      what a model card's `variant` and `weights` can name
 """
 
@@ -18,6 +18,7 @@ from dcbench.catalogue import find_dataset, load_entry_point
 from dcbench.datasets.base import find_root
 from dcbench.errors import UserError
 from dcbench.models.dynamicrafter.networks import Networks
+from dcbench.record import write_text
 from dcbench.seeding import clip_seed
 from dcbench.training.data import CachedPool, ClipPool
 from dcbench.training.loop import Process, Task, fit, plot_log, process_group
@@ -34,7 +35,7 @@ from dcbench.training.recipe import (
     trains_decoder_alone,
 )
 from dcbench.training.start import begin, copy_text_keys
-from dcbench.weights import atomic_write, load_tensors
+from dcbench.weights import atomic_write, load_tensors, sha256_file
 
 LEARNED = {"autoencoder": ("autoencoder",), "clip": ("text", "image"), "diffusion": ("unet", "query_transformer")}
 Progress = Callable[[str, int, int, dict[str, float]], None]  # stage, step, steps, the log's line
@@ -58,7 +59,7 @@ def run(
         recipe.stage(name)
     with process_group(device) as process:
         networks = build(recipe.config(), clip_seed(recipe.seed, "networks"))
-        _begin(networks, recipe.start, process)
+        _begin(networks, recipe.start, out, process)
         networks.to(process.device)
         pools = _Pools(recipe, networks, out, data_root, process)
         for stage in recipe.stages:
@@ -71,7 +72,7 @@ def run(
             _check_earlier(recipe, stage, out)
             if _first_to_see_images(recipe, stage):
                 copy_text_keys(networks)
-            _begin(networks, stage.start, process)
+            _begin(networks, stage.start, out, process)
             task = make_task(stage, networks, pools.get(stage))
             settings = stage.model_dump(exclude_defaults=True)  # a field that a later version gains is no other setting
             identity = {"stage": settings, "seed": recipe.seed, "config": asdict(networks.cfg)}
@@ -106,18 +107,29 @@ def _weights(out: Path, stage: Stage) -> Path:
     return out / stage.name / "weights.safetensors"
 
 
-def _begin(networks: Networks, starts: tuple[Start, ...], process: Process) -> None:
+def _begin(networks: Networks, starts: tuple[Start, ...], out: Path, process: Process) -> None:
     for start in starts:
-        new = begin(networks, _read(start), start.parts, start.layout, start.keep)
+        state = _read(start)
+        if process.first:
+            _remember(start, out)
+        new = begin(networks, state, start.parts, start.layout, start.keep)
         if new and process.first:
             print(f"{start.file}: {len(new)} tensors begin as new:", *new, sep="\n  ")
 
 
+def _remember(start: Start, out: Path) -> None:
+    """Note the file's sha256 in <out>/start.json; an error if this training began with another one of that name."""
+    path, sha256 = out / "start.json", sha256_file(start.path)
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    if known.setdefault(start.file, sha256) != sha256:
+        raise UserError(f"{out} was begun with another {start.file}; choose another --out, or bring that file back")
+    write_text(path, json.dumps(known, indent=1) + "\n")
+
+
 def _read(start: Start) -> dict[str, Tensor]:
-    path = Path(start.file).expanduser()
-    if not path.is_file():
-        raise UserError(f"{path} is not here, and this recipe begins with it. {start.how}")
-    return load_tensors(path)
+    if not start.path.is_file():
+        raise UserError(f"{start.path} is not here, and this recipe begins with it. {start.how}")
+    return load_tensors(start.path)
 
 
 def _check_earlier(recipe: Recipe, stage: Stage, out: Path) -> None:

@@ -8,10 +8,11 @@ import pytest
 from dcbench import planning, run
 from dcbench.analysis.ablation import rebuild, run_suite
 from dcbench.analysis.suite import Suite
-from dcbench.analysis.trained_arms import arm_recipe
+from dcbench.analysis.trained_arms import arm_recipe, train_arm
 from dcbench.catalogue import ModelCard, find_dataset, find_model
 from dcbench.errors import UserError
 from dcbench.protocol import find_protocol
+from dcbench.training.recipe import find_recipe
 from dcbench.training.run import run as train
 from dcbench.weights import load_tensors
 
@@ -173,6 +174,39 @@ def test_trained_arms_share_their_base_and_differ_by_what_they_say(tmp_path):
     )
     table = (tmp_path / "out" / "table.md").read_text()
     assert "seeds 1, 2" in table and rebuild(tmp_path / "out") == table
+
+
+def test_arms_may_share_the_files_that_their_recipe_begins_with(tmp_path):
+    """No stage in common: what they have in common is trained already, and latents are computed once."""
+    micro = tmp_path / "micro.toml"
+    micro.write_text(RECIPE)
+    assert train(find_recipe(str(micro)).varied({}, ("adapt", "joint")), tmp_path / "base", device="cpu")
+    begins = f"""
+extends = "{micro}"
+name = "further"
+summary = "from the base"
+without = ["base"]
+[[start]]
+file = "{tmp_path / "base" / "weights.safetensors"}"
+parts = ["autoencoder", "text", "image", "unet"]
+"""
+    (tmp_path / "further.toml").write_text(begins)
+    arms = (
+        {"name": "ours"},
+        {"name": "none", "without": ("joint",)},
+        {"name": "short", "stages": {"joint": {"steps": 1}}},
+    )
+    suite = Suite.model_validate(
+        {"name": "own", "title": "", "kind": "training", "recipe": str(tmp_path / "further.toml"), "arms": arms}
+    )
+    out = tmp_path / "out"
+    folders = [train_arm(suite, arm, out, out / arm.name, 0, None) for arm in suite.arms]
+    base, *trained = (load_tensors(path / "weights.safetensors") for path in (tmp_path / "base", *folders))
+    temporal = next(name for name in base if "temopral_conv.conv1" in name and name.endswith("conv1.2.weight"))
+    assert all((weights[temporal] == base[temporal]).all() for weights in trained)
+    assert sorted(path.name.split("-")[0] for path in (out / "stages").iterdir()) == ["adapt", "joint", "joint"]
+    latents = {(path / "latents.safetensors").read_bytes() for path in (*folders, out / "shared")}
+    assert len(latents) == 1 and not (out / "shared" / "base").exists()
 
 
 def test_arms_without_a_stage_that_can_be_compared_are_refused(tmp_path):

@@ -1,6 +1,7 @@
 """Stages, roles, resuming and the files of a training."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from dcbench.errors import UserError
 from dcbench.models.dynamicrafter.unet import parameter_role
 from dcbench.training import loop
 from dcbench.training.loop import LoopConfig, Task, make_optimisers, orthogonalise
-from dcbench.training.networks import build, normalise_latents
+from dcbench.training.networks import build, normalise_latents, save
 from dcbench.training.objective import draw_times
 from dcbench.training.recipe import FOLDER, find_recipe
 from dcbench.training.run import make_task, run
@@ -199,6 +200,19 @@ def test_accumulation_is_the_mean_of_its_parts(make_recipe, tmp_path):
     assert line["loss"] > 0 and line["grad_norm"] > 0
 
 
+def test_a_training_does_not_go_on_from_another_file_of_the_same_name(make_recipe, tmp_path):
+    """Frozen parameters would come from the new file, trained ones from the old."""
+    file = tmp_path / "begin.safetensors"
+    recipe = make_recipe({**JOINT, "steps": 2}, start=[{"file": str(file), "parts": ["unet"]}])
+    save(build(recipe.config(), 5), file)
+    assert not run(recipe, tmp_path / "out", device="cpu", stop_after=0)
+    save(build(recipe.config(), 6), file)
+    with pytest.raises(UserError, match=r"begun with another .*begin\.safetensors; choose another --out"):
+        run(recipe, tmp_path / "out", device="cpu")
+    save(build(recipe.config(), 5), file)
+    assert run(recipe, tmp_path / "out", device="cpu")
+
+
 def test_every_shipped_recipe_is_valid():
     names = sorted(path.stem for path in FOLDER.glob("*.toml"))
     assert "tiny" in names
@@ -221,6 +235,10 @@ def test_a_recipe_may_say_what_differs_from_another(tmp_path):
     assert mine.data.options == tiny.data.options and mine.model == tiny.model
     assert mine.stage("base").model_copy(update={"steps": tiny.stage("base").steps}) == tiny.stage("base")
     assert [stage.name for stage in mine.stages] == [stage.name for stage in tiny.stages if stage.name != "joint"]
+    assert mine.start == tiny.start == ()
+    assert find_recipe("tiny-refine").start[0].path == Path("tiny.safetensors")
+    shipped = [start.path.name for start in find_recipe("tiny-from-base").start if start.path.is_absolute()]
+    assert shipped == ["weights.safetensors", "base.safetensors"]
     for wrong, message in (
         ("[stages.bse]\nsteps = 3\n", "no stage 'bse'"),
         ("[stages.base]\nstep = 3\n", "step: unknown key"),
