@@ -19,7 +19,11 @@ from dcbench.models.dynamicrafter import convert
 from dcbench.models.dynamicrafter.config import VARIANTS, Config
 from dcbench.models.dynamicrafter.load import load
 from dcbench.models.dynamicrafter.networks import Networks
+from dcbench.models.dynamicrafter.unet import parameter_role
+from dcbench.training.networks import build
 from dcbench.training.recipe import find_recipe
+from dcbench.training.start import begin
+from dcbench.weights import load_tensors
 
 
 @pytest.fixture(autouse=True)
@@ -204,8 +208,24 @@ def test_missing_weights_say_size_licence_and_place(card: ModelCard):
 
 def test_the_shipped_tiny_weights_are_those_of_their_card() -> None:
     folder = Path(convert.__file__).parent / "tiny"
-    sha256 = hashlib.sha256((folder / "weights.safetensors").read_bytes()).hexdigest()
-    assert f"| sha256 | {sha256} |" in (folder / "README.md").read_text(encoding="utf-8")
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    for name in ("weights.safetensors", "base.safetensors"):
+        assert f"| `{name}`, sha256 | {hashlib.sha256((folder / name).read_bytes()).hexdigest()} |" in card
     assert sum(path.stat().st_size for path in folder.iterdir()) < 25e6
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert {line["stage"]: line["step"] for line in lines} == {s.name: s.steps for s in find_recipe("tiny").stages}
+    for recipe, log in (("tiny", "log.jsonl"), ("tiny-refine", "log-refine.jsonl")):
+        lines = [json.loads(line) for line in (folder / log).read_text().splitlines()]
+        steps = {stage.name: stage.steps for stage in find_recipe(recipe).stages}
+        assert {line["stage"]: line["step"] for line in lines} == steps
+
+
+def test_the_papers_stages_left_the_shipped_base_s_temporal_layers_alone() -> None:
+    """Half precision of the same bits; the spatial layers were tuned. `tiny-from-base` can begin with the file."""
+    folder = Path(convert.__file__).parent / "tiny"
+    base, tuned = (load_tensors(folder / f"{name}.safetensors") for name in ("base", "weights"))
+    same = {name: torch.equal(base[name], tuned[name]) for name in base}
+    roles = {name: parameter_role(name) for name in base}
+    assert set(roles.values()) == {"spatial", "temporal"}
+    assert all(same[name] for name in base if roles[name] == "temporal")
+    assert not all(same[name] for name in base if roles[name] == "spatial")
+    new = begin(build(find_recipe("tiny-from-base").config(), 0), base, ("unet",), "dynamicrafter")
+    assert new and all(parameter_role(name) == "context" for name in new)
