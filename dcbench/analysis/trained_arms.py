@@ -1,4 +1,4 @@
-"""Arms of a training suite: what they share is trained once, or comes with the recipe; then each arm's own stages."""
+"""Arms of a training suite: what they share is trained once, or comes with the recipe; then its own stages."""
 
 import json
 import shutil

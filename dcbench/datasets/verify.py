@@ -65,10 +65,9 @@ def verify(
     found = in_order(_examine, items, workers)
     for item, facts in track(zip(items, found, strict=True), len(items), f"verifying {split}", quiet=quiet):
         result.checked += 1
-        if isinstance(facts, UserError) or _damage(facts) or facts.frames < min_frames:
-            result.unusable.append(item.path)
         path = item.video.path if isinstance(item.video, VideoFile) else None
         if isinstance(facts, UserError):
+            result.unusable.append(item.path)
             if path is not None and not path.exists():
                 result.missing.append(item.path)
             else:
@@ -78,9 +77,12 @@ def verify(
         result.decoders[facts.decoder] = result.decoders.get(facts.decoder, 0) + 1
         if facts.hash:
             same[facts.hash].append(item.path)
-        if reason := _damage(facts):
-            result.damaged.append(f"{item.path}: {reason}")
-        if facts.frames < min_frames:
+        damage, short = _damage(facts), facts.frames < min_frames
+        if damage or short:
+            result.unusable.append(item.path)
+        if damage:
+            result.damaged.append(f"{item.path}: {damage}")
+        if short:
             result.short.append(f"{item.path}: {facts.frames} frames")
     result.duplicates = sorted(group for group in same.values() if len(group) > 1)
     if root is not None:

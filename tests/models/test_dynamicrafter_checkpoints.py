@@ -78,6 +78,7 @@ def test_a_file_is_converted_once(released: dict[str, Tensor], networks: Network
     assert made.suffix == ".safetensors"
     before = made.stat().st_mtime_ns
     loaded, _ = convert.load_networks(path, networks.cfg)
+    assert all(p.data_ptr() % 64 == 0 for p in loaded.parameters())  # else some processors round another way
     assert made.stat().st_mtime_ns == before and torch.equal(forward(loaded), forward(networks))
     changed = {**released, "model.diffusion_model.out.2.bias": torch.ones(3)}
     torch.save(changed, path)  # another file under the same name is not taken for the first
