@@ -55,6 +55,14 @@ def test_a_run_ends_in_a_record_and_the_same_command_changes_nothing(tmp_path, c
     assert kept(tmp_path / "run") == before
 
 
+def test_values_that_were_kept_give_the_same_record(tmp_path):
+    found = []
+    for _ in range(2):  # computed, then read from per_clip.jsonl
+        assert "top5" in finish(make_job(tmp_path / "run"), "motion").scores["motion"].details
+        found.append(kept(tmp_path / "run"))
+    assert found[0] == found[1]
+
+
 def test_the_bounds_rank_as_they_must(tmp_path, cheap_metric):
     values = {}
     for model in ("real", "zoom", "still", "noise"):

@@ -1,6 +1,6 @@
 """`dcbench ablate` and the λ sweep: every arm of a suite through the ordinary run, then one table.
 
-<out>/<arm>/seed-<s>/     an ordinary run directory: plan, clips, record; resumable, shared by later calls
+<out>/<arm>/seed-<s>/     an ordinary run directory: plan, clips, record; resumable, shared by later calls; gap.json
 <out>/<arm>/training-<s>/ training suites: the arm's own stages, from <out>/shared
 <out>/stages/             stages that several arms have in common, trained once
 <out>/suite.json, table.{md,csv}, curves-<metric>.png   `rebuild` makes the last ones from the records alone
@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dcbench import planning, run
+from dcbench.analysis.compare import compare_runs
 from dcbench.analysis.judge import ASPECTS, judge
-from dcbench.analysis.statistics import wilson
+from dcbench.analysis.statistics import Comparison, wilson
 from dcbench.analysis.suite import Arm, Suite, arm_card
 from dcbench.analysis.suite_table import Interval, Row, write_table
 from dcbench.analysis.trained_arms import held_out_of, train_arm
@@ -26,6 +27,7 @@ from dcbench.record import read_record, write_text
 from dcbench.reports import write_frames
 from dcbench.reports.tables import load_runs
 from dcbench.training.held_out import HeldOut
+from dcbench.weights import sha256_file
 
 
 def run_suite(
@@ -40,12 +42,9 @@ def run_suite(
     metrics: Sequence[str] | None = None,
     data: Path | None = None,
 ) -> list[Row]:
-    """Run what is missing, score it, and write the table into `out`."""
-    rows: list[Row] = []
-    first: dict[int, HeldOut] = {}  # by seed, of the suite's first arm
+    """Run what is missing, score it, compare it with the baseline arm, and write the table into `out`."""
     write_text(out / "suite.json", json.dumps({"suite": suite.model_dump(), "seeds": list(seeds)}, indent=1) + "\n")
-    for arm in suite.arms:
-        row = Row(arm)
+    for count, arm in enumerate(suite.arms, 1):
         for seed in seeds:
             folder = out / _folder(arm.name)
             card = arm_card(model, arm)
@@ -55,17 +54,22 @@ def run_suite(
             if suite.kind == "training":
                 trained = train_arm(suite, arm, out, folder, seed, data)
                 card = card.model_copy(update={"options": {**arm.options, "folder": str(trained)}})
-                measured = held_out_of(suite, arm, trained, seed, data)
-                row.add_held_out(measured, first.setdefault(seed, measured))
-            chosen = protocol.model_copy(update={"frame_stride": arm.frame_stride}) if arm.frame_stride else protocol
+                held_out_of(suite, arm, trained, seed, data)
+            chosen = protocol
+            if arm.frame_stride:  # beats the protocol's own value for this dataset too
+                chosen = protocol.resolved(dataset.name).model_copy(update={"frame_stride": arm.frame_stride})
             job = planning.plan(card, dataset, chosen, data, folder / f"seed-{seed}", seed, limit, quiet=options.quiet)
             run.sample(job, options)
-            found = run.score(job, options, metrics or suite.metrics, strict=bool(metrics))
-            verdicts = judged(job)
-            write_text(job.directory.path / "judge.json", json.dumps(verdicts, indent=1) + "\n")
-            row.add_scores(found, verdicts)
-        rows.append(row)
-        write_table(suite, rows, out, seeds)
+            run.score(job, options, metrics or suite.metrics, strict=bool(metrics))
+            write_text(job.directory.path / "judge.json", json.dumps(judged(job), indent=1) + "\n")
+        write_table(suite, [_row(suite, done, out, seeds) for done in suite.arms[:count]], out, seeds)
+    for arm in suite.arms:
+        for seed in seeds:
+            _compare(
+                out / _folder(arm.name) / f"seed-{seed}", out / _folder(suite.baseline_arm) / f"seed-{seed}", options
+            )
+    rows = [_row(suite, arm, out, seeds) for arm in suite.arms]
+    write_table(suite, rows, out, seeds)
     draw_frames(suite, out, seeds[0])
     return rows
 
@@ -73,25 +77,58 @@ def run_suite(
 def rebuild(out: Path) -> str:
     """Write a suite's table and curves again from the records in its folder alone; returns the table.
 
-    Needed of each arm and seed: record.json and judge.json, of trained arms held_out.json; no clips, no weights.
+    Needed of each arm and seed: record.json and judge.json, of trained arms held_out.json; no clips, no weights. Gaps
+    to the baseline are of gap.json, where it is there.
     """
     kept = json.loads((out / "suite.json").read_text(encoding="utf-8"))
-    suite, seeds, rows = Suite.model_validate(kept["suite"]), kept["seeds"], []
-    first: dict[int, HeldOut] = {}
-    for arm in suite.arms:
-        row = Row(arm)
-        for seed in seeds:
-            folder = out / _folder(arm.name) / f"seed-{seed}"
-            judge, trained = folder / "judge.json", folder.with_name(f"training-{seed}") / "held_out.json"
-            for path in (folder / "record.json", judge, *([trained] if suite.kind == "training" else [])):
-                if not path.is_file():
-                    raise UserError(f"{path} is not there: arm {arm.name!r}, seed {seed} is not finished")
-            if suite.kind == "training":
-                measured = HeldOut(**json.loads(trained.read_text(encoding="utf-8")))
-                row.add_held_out(measured, first.setdefault(seed, measured))
-            row.add_scores(read_record(folder), json.loads(judge.read_text(encoding="utf-8")))
-        rows.append(row)
-    return write_table(suite, rows, out, seeds)
+    suite, seeds = Suite.model_validate(kept["suite"]), kept["seeds"]
+    return write_table(suite, [_row(suite, arm, out, seeds) for arm in suite.arms], out, seeds)
+
+
+def _row(suite: Suite, arm: Arm, out: Path, seeds: Sequence[int]) -> Row:
+    """A finished arm's numbers, from its records."""
+    row = Row(arm)
+    for seed in seeds:
+        folder = out / _folder(arm.name) / f"seed-{seed}"
+        for name in ("record.json", "judge.json"):
+            if not (folder / name).is_file():
+                raise UserError(f"{folder / name} is not there: arm {arm.name!r}, seed {seed} is not finished")
+        if suite.kind == "training":
+            measured = _held_out(out, arm.name, seed)
+            if measured is None:
+                raise UserError(f"{_held_out_path(out, arm.name, seed)} is not there: its training is not finished")
+            row.add_held_out(measured, _held_out(out, suite.baseline_arm, seed))
+        row.add_scores(read_record(folder), json.loads((folder / "judge.json").read_text(encoding="utf-8")))
+        if (folder / "gap.json").is_file():
+            row.add_gaps(json.loads((folder / "gap.json").read_text(encoding="utf-8")))
+    return row
+
+
+def _held_out_path(out: Path, arm: str, seed: int) -> Path:
+    return out / _folder(arm) / f"training-{seed}" / "held_out.json"
+
+
+def _held_out(out: Path, arm: str, seed: int) -> HeldOut | None:
+    path = _held_out_path(out, arm, seed)
+    return HeldOut(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+
+def _compare(folder: Path, baseline: Path, options: run.Options) -> None:
+    """Write gap.json, this run minus the baseline's on the same clips, unless it is of these two records already."""
+    records = [path / "record.json" for path in (folder, baseline)]
+    of, path = [sha256_file(record) for record in records], folder / "gap.json"
+    if folder == baseline or (path.is_file() and json.loads(path.read_text(encoding="utf-8"))["of"] == of):
+        return
+    one, other = (read_record(record.parent) for record in records)
+    found: dict[str, Comparison] = {}
+    if one.plan.fingerprint != other.plan.fingerprint:
+        reason = "other clips than the baseline's"
+    elif one.n_planned < 2:
+        reason = "two clips are needed for an interval"
+    else:
+        found, reason = compare_runs(folder, baseline, options)[0], ""
+    gaps = {name: vars(comparison) for name, comparison in found.items()}
+    write_text(path, json.dumps({"of": of, "reason": reason, "gaps": gaps}, indent=1) + "\n")
 
 
 def _folder(name: str) -> str:

@@ -114,5 +114,10 @@ def sweep(layers: list[str], factors: list[float], metrics: tuple[str, ...], mod
         for factor in factors
     )
     return Suite(
-        name="lambda", title=f"λ sweep of {model.card.name}", x_label="factor on λ", metrics=metrics, arms=arms
+        name="lambda",
+        title=f"λ sweep of {model.card.name}",
+        x_label="factor on λ",
+        metrics=metrics,
+        arms=arms,
+        baseline=next((arm.name for arm in arms if arm.x == 1), ""),
     )

@@ -48,6 +48,11 @@ class Suite(Facts):
     held_out_clips: int = Field(default=64, ge=1)
     metrics: tuple[str, ...] = ("fvd", "pic", "ssim_image", "motion")  # SSIM where DreamSim's weights are missing
     arms: tuple[Arm, ...] = Field(min_length=1)
+    baseline: str = ""  # the arm that the others are compared with, clip by clip; none: the first
+
+    @property
+    def baseline_arm(self) -> str:
+        return self.baseline or self.arms[0].name
 
 
 def suites() -> dict[str, Path]:
@@ -71,6 +76,9 @@ def _checked(suite: Suite) -> Suite:
     names = [arm.name for arm in suite.arms]
     if double := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"suite {suite.name}: two arms are called {', '.join(double)}")
+    if suite.baseline_arm not in names:
+        hint = near_match(suite.baseline, names)
+        raise UserError(f"suite {suite.name}: baseline {suite.baseline!r} is no arm.{hint} Arms: {', '.join(names)}")
     if suite.kind == "training" and not suite.recipe:
         raise UserError(f"suite {suite.name}: a training suite names its `recipe`")
     return suite

@@ -5,6 +5,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dcbench.analysis.statistics import compare_paired
 from dcbench.analysis.suite import Arm, Suite
@@ -23,7 +24,9 @@ class Row:
 
     arm: Arm
     scores: dict[str, list[tuple[float, Interval]]] = field(default_factory=dict)
+    gaps: dict[str, list[tuple[float, Interval]]] = field(default_factory=dict)  # to the baseline, on the same clips
     reasons: dict[str, str] = field(default_factory=dict)  # metrics that could not be computed
+    no_gap: str = ""  # why there is none
     clips: int = 0
 
     def add(self, metric: str, value: float, interval: Interval) -> None:
@@ -40,31 +43,42 @@ class Row:
             self.add(name, value, interval)
         self.clips = record.n_planned
 
-    def add_held_out(self, measured: HeldOut, first: HeldOut) -> None:
-        """An arm's losses; under the conditions of sampling also the paired difference from the suite's first arm.
-
-        A swap's interval is of the growth over clips, in units of the mean loss.
-        """
+    def add_held_out(self, measured: HeldOut, baseline: HeldOut | None) -> None:
+        """An arm's losses. A swap's interval is of the growth over clips, in units of the mean loss."""
         half = 1.96 * measured.error
         self.add("held_out_loss", measured.loss, (measured.loss - half, measured.loss + half))
         for swap in SWAPS:
             growth = mean_interval(measured.growth[swap]) if measured.growth else None
             relative = (growth[0] / measured.loss, growth[1] / measured.loss) if growth else None
             self.add(f"swap_{swap}", measured.reliance(swap), relative)
-        if measured.sampled and first.sampled:
+        if measured.sampled:
             mean = sum(measured.sampled) / len(measured.sampled)
             self.add("first_frame_loss", mean, mean_interval(measured.sampled))
-            gap = compare_paired(measured.sampled, first.sampled)
-            self.add("first_frame_loss_gap", gap.difference, gap.ci95)
+        if baseline and baseline.sampled and measured.sampled and measured != baseline:
+            gap = compare_paired(measured.sampled, baseline.sampled)
+            self.gaps.setdefault("first_frame_loss", []).append((gap.difference, gap.ci95))
+
+    def add_gaps(self, stored: Mapping[str, Any]) -> None:
+        """A run's gap.json: differences from the baseline's run on the same clips."""
+        self.no_gap = stored["reason"]
+        for name, gap in stored["gaps"].items():
+            self.gaps.setdefault(name, []).append((gap["difference"], tuple(gap["ci95"]) if gap["ci95"] else None))
 
     def summary(self, metric: str) -> tuple[float, Interval] | None:
         """Mean over seeds; the interval of a single seed, or the span of all seeds' intervals."""
-        found = self.scores.get(metric)
-        if not found:
-            return None
-        ends = [end for value, interval in found for end in (interval or (value, value))]
-        interval = (min(ends), max(ends)) if len(found) > 1 or found[0][1] else None
-        return sum(value for value, _ in found) / len(found), interval
+        return _span(self.scores.get(metric, []))
+
+    def gap(self, metric: str) -> tuple[float, Interval] | None:
+        """As `summary`, of the difference from the baseline."""
+        return _span(self.gaps.get(metric, []))
+
+
+def _span(found: Sequence[tuple[float, Interval]]) -> tuple[float, Interval] | None:
+    if not found:
+        return None
+    ends = [end for value, interval in found for end in (interval or (value, value))]
+    interval = (min(ends), max(ends)) if len(found) > 1 or found[0][1] else None
+    return sum(value for value, _ in found) / len(found), interval
 
 
 def write_table(suite: Suite, rows: Sequence[Row], out: Path, seeds: Sequence[int]) -> str:
@@ -82,6 +96,7 @@ def write_table(suite: Suite, rows: Sequence[Row], out: Path, seeds: Sequence[in
     text += [f"{rows[0].clips if rows else 0} clips an arm, seeds {', '.join(map(str, seeds))}; {many}.", ""]
     text += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     text += ["| " + " | ".join(cells) + " |" for cells in body]
+    text += _gap_table(suite, rows)
     reasons = {name: reason for row in rows for name, reason in row.reasons.items()}
     text += [f"\nNot computed: {name}: {reason}" for name, reason in reasons.items()]
     markdown = "\n".join(text) + "\n"
@@ -91,13 +106,38 @@ def write_table(suite: Suite, rows: Sequence[Row], out: Path, seeds: Sequence[in
     writer = csv.writer(sheet)
     writer.writerow(["arm", "group", "x", "metric", "seed", "value", "low", "high"])
     for row in rows:
-        for name, found in row.scores.items():
+        gaps = {f"{name}_gap": found for name, found in row.gaps.items()}
+        for name, found in (row.scores | gaps).items():
             for seed, (value, interval) in zip(seeds, found, strict=False):
                 writer.writerow([row.arm.name, row.arm.group, row.arm.x, name, seed, value, *(interval or ("", ""))])
     with atomic_write(out / "table.csv") as temporary:
         temporary.write_text(sheet.getvalue())
     draw_curves(suite, rows, metrics, out)
     return markdown
+
+
+def _gap_table(suite: Suite, rows: Sequence[Row]) -> list[str]:
+    """Each arm minus the baseline, clip by clip; what lies beyond chance in bold."""
+    metrics = list(dict.fromkeys(name for row in rows for name in row.gaps))
+    text = []
+    if metrics:
+        text += [
+            "",
+            f"Difference from *{suite.baseline_arm}* on the same clips. Bold: the interval is on one side of 0, which"
+            " one in twenty is by chance.",
+            "",
+            "| arm | " + " | ".join(metrics) + " |",
+            "|" + "---|" * (len(metrics) + 1),
+        ]
+    for row in rows:
+        if row.gaps:
+            text.append(f"| {row.arm.name} | " + " | ".join(_bold(row.gap(name)) for name in metrics) + " |")
+    return text + [f"\nNot compared: {row.arm.name}: {row.no_gap}" for row in rows if row.no_gap]
+
+
+def _bold(gap: tuple[float, Interval] | None) -> str:
+    beyond = gap is not None and gap[1] is not None and (gap[1][0] > 0 or gap[1][1] < 0)
+    return f"**{show(gap)}**" if beyond else show(gap)
 
 
 def show(summary: tuple[float, Interval] | None) -> str:

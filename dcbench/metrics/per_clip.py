@@ -82,7 +82,7 @@ def score_values(values: Sequence[dict[str, Any]], groups: Sequence[str] | None 
         raise UserError(f"the value of clip {bad} is {numbers[bad]}")
     interval = mean_interval(numbers, groups)
     details: dict[str, Any] = {}
-    for key, first in values[0].items():
+    for key, first in sorted(values[0].items()):  # rows that were read again are sorted too
         column = [value[key] for value in values]
         if key != "value" and isinstance(first, float):
             details[key] = float(np.mean(column))

@@ -8,6 +8,7 @@ import pytest
 from dcbench import planning, run
 from dcbench.analysis.ablation import rebuild, run_suite
 from dcbench.analysis.suite import Suite
+from dcbench.analysis.suite_table import show
 from dcbench.analysis.trained_arms import arm_recipe, train_arm
 from dcbench.catalogue import ModelCard, find_dataset, find_model
 from dcbench.errors import UserError
@@ -93,13 +94,13 @@ lr = 1e-3
 
 
 def both(suite, out, **changes):
-    settings = {"limit": 2, "metrics": ("motion",), "options": QUIET, **changes}
+    settings = {"limit": 3, "metrics": ("motion",), "options": QUIET, **changes}
     return run_suite(suite, CARD, find_dataset("shapes"), find_protocol("smoke"), out, **settings)
 
 
 def test_sampled_arms_share_their_clips_and_resume(tmp_path):
     still = planning.plan(
-        find_model("still"), find_dataset("shapes"), find_protocol("smoke"), out=tmp_path / "still", limit=2
+        find_model("still"), find_dataset("shapes"), find_protocol("smoke"), out=tmp_path / "still", limit=3
     )
     run.sample(still, QUIET)
     arms = (
@@ -108,15 +109,22 @@ def test_sampled_arms_share_their_clips_and_resume(tmp_path):
         {"name": "λ twice", "group": "all", "x": 2, "image_scale": {"all": 2.0}},
         {"name": "folder", "clips": str(tmp_path / "still" / "clips")},
     )
-    suite = Suite.model_validate({"name": "own", "title": "Own", "x_label": "factor", "arms": arms})
+    suite = Suite.model_validate(
+        {"name": "own", "title": "Own", "x_label": "factor", "baseline": "λ twice", "arms": arms}
+    )
     rows = both(suite, tmp_path / "out")
     manifests = {(path / "manifest.jsonl").read_text() for path in (tmp_path / "out").glob("*/seed-123")}
-    assert len(manifests) == 1 and [row.clips for row in rows] == [2, 2, 2, 2]
+    assert len(manifests) == 1 and [row.clips for row in rows] == [3, 3, 3, 3]
     assert all({"motion", "judge_motion", "judge_colour"} <= set(row.scores) for row in rows)
     assert rows[3].scores["judge_colour"][0][0] == 1.0
+    assert not rows[2].gaps and set(rows[3].gaps) == {"motion"}  # the baseline against itself
+    gap, interval = rows[3].gaps["motion"][0]
+    assert gap == pytest.approx(rows[3].scores["motion"][0][0] - rows[2].scores["motion"][0][0], rel=1e-6)
+    assert interval is not None and interval[0] <= gap <= interval[1] < 0  # nothing moves in the folder's clips
     clips = {p.parent.parent.parent.name: p.read_bytes() for p in (tmp_path / "out").glob("*/*/clips/test-*.mkv")}
     assert clips["lambda-off"] != clips["lambda-twice"]
     table = (tmp_path / "out" / "table.md").read_text()
+    assert f"| folder | **{show((gap, interval))}** |" in table
     assert "234.66" in table and "λ off" in table and (tmp_path / "out" / "curves-motion.png").is_file()
     pictures = {path.name for path in (tmp_path / "out").glob("frames-*")}
     assert pictures == {f"frames-{group}-{number}.png" for group in ("all", "own") for number in (1, 2)}
@@ -124,7 +132,8 @@ def test_sampled_arms_share_their_clips_and_resume(tmp_path):
     assert rebuild(tmp_path / "kept") == table  # from the records alone
     for file in ("table.md", "table.csv", "curves-motion.png"):
         assert (tmp_path / "kept" / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/*/clips/*.mkv")}
+    kept = [*(tmp_path / "out").glob("*/*/clips/*.mkv"), *(tmp_path / "out").glob("*/*/gap.json")]
+    before = {path: path.stat().st_mtime_ns for path in kept}
     both(suite, tmp_path / "out")
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
@@ -168,8 +177,8 @@ def test_trained_arms_share_their_base_and_differ_by_what_they_say(tmp_path):
     one, other = (load_tensors(path / "joint" / "weights.safetensors") for path in (tmp_path / "whole", folder_of_two))
     assert one.keys() == other.keys() and all((one[name] == other[name]).all() for name in one)
     assert all(len(row.scores["held_out_loss"]) == 2 and len(row.scores["swap_text"]) == 2 for row in rows)
-    assert rows[0].scores["first_frame_loss_gap"] == [(0.0, (0.0, 0.0))] * 2  # the first arm against itself
-    assert rows[1].scores["first_frame_loss_gap"][0][0] == pytest.approx(
+    assert not rows[0].gaps and len(rows[1].gaps["motion"]) == 2
+    assert rows[1].gaps["first_frame_loss"][0][0] == pytest.approx(
         rows[1].scores["first_frame_loss"][0][0] - rows[0].scores["first_frame_loss"][0][0]
     )
     table = (tmp_path / "out" / "table.md").read_text()
@@ -207,6 +216,25 @@ parts = ["autoencoder", "text", "image", "unet"]
     assert sorted(path.name.split("-")[0] for path in (out / "stages").iterdir()) == ["adapt", "joint", "joint"]
     latents = {(path / "latents.safetensors").read_bytes() for path in (*folders, out / "shared")}
     assert len(latents) == 1 and not (out / "shared" / "base").exists()
+
+
+def test_arms_on_other_clips_are_not_compared_and_the_table_says_so(tmp_path):
+    arms = ({"name": "ours"}, {"name": "slower", "frame_stride": 2})
+    suite = Suite.model_validate({"name": "own", "title": "Own", "arms": arms})
+    rows = run_suite(
+        suite,
+        find_model("zoom"),
+        find_dataset("shapes"),
+        find_protocol("smoke"),
+        tmp_path,
+        QUIET,
+        limit=2,
+        metrics=("motion",),
+    )
+    strides = [planning.reopen(tmp_path / arm / "seed-123").manifest[0].frame_stride for arm in ("ours", "slower")]
+    assert strides == [3, 2]  # though the protocol has a stride of its own for this dataset
+    assert not rows[1].gaps
+    assert "Not compared: slower: other clips than the baseline's" in (tmp_path / "table.md").read_text()
 
 
 def test_arms_without_a_stage_that_can_be_compared_are_refused(tmp_path):

@@ -80,6 +80,7 @@ def test_a_sweep_of_own_layers():
     model = load(CARD, Runtime())
     made = sweep(["ends", "1,2"], [0, 2], ("motion",), model)
     assert [arm.name for arm in made.arms] == ["ends x 0", "ends x 2", "1,2 x 0", "1,2 x 2"]
+    assert made.baseline_arm == "ends x 0" and sweep(["all"], [0, 1], ("motion",), model).baseline_arm == "all x 1"
     with pytest.raises(UserError, match="layers 1 to"):
         sweep(["99"], [1], ("motion",), model)
     with pytest.raises(UserError, match="factors"):
@@ -99,9 +100,15 @@ def test_the_table_shows_seeds_intervals_and_the_papers_column(tmp_path):
     row.add("fvd", 14.0, (11.0, 17.0))
     row.reasons["pic"] = "its weights are missing"
     assert show(row.summary("fvd")) == "12 [8, 17]"
-    text = write_table(suite, [row], tmp_path, (1, 2))
+    other = Row(suite.arms[1], clips=24)
+    other.add("fvd", 20.0, (18.0, 22.0))
+    stored = {"difference": 6.0, "ci95": [1.0, 11.0]}
+    other.add_gaps({"reason": "", "gaps": {"fvd": stored, "motion": {"difference": 1.0, "ci95": [-1.0, 3.0]}}})
+    text = write_table(suite, [row, other], tmp_path, (1, 2))
+    assert "Difference from *ours*" in text and "| without ctx | **6 [1, 11]** | 1 [-1, 3] |" in text
     assert "234.66" in text and "12 [8, 17]" in text and "its weights are missing" in text
-    assert (tmp_path / "table.csv").read_text().count("fvd") == 2
+    sheet = (tmp_path / "table.csv").read_text()
+    assert sheet.count(",fvd,") == 3 and sheet.count(",fvd_gap,") == 1
 
 
 def test_training_arms_change_their_stages_only():
