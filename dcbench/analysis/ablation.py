@@ -65,9 +65,8 @@ def run_suite(
         write_table(suite, [_row(suite, done, out, seeds) for done in suite.arms[:count]], out, seeds)
     for arm in suite.arms:
         for seed in seeds:
-            _compare(
-                out / _folder(arm.name) / f"seed-{seed}", out / _folder(suite.baseline_arm) / f"seed-{seed}", options
-            )
+            if arm.name != suite.baseline_arm:
+                _compare(_run_folder(out, arm.name, seed), _run_folder(out, suite.baseline_arm, seed), options)
     rows = [_row(suite, arm, out, seeds) for arm in suite.arms]
     write_table(suite, rows, out, seeds)
     draw_frames(suite, out, seeds[0])
@@ -87,29 +86,25 @@ def rebuild(out: Path) -> str:
 
 def _row(suite: Suite, arm: Arm, out: Path, seeds: Sequence[int]) -> Row:
     """A finished arm's numbers, from its records."""
-    row = Row(arm)
+    row, is_baseline = Row(arm), arm.name == suite.baseline_arm
     for seed in seeds:
-        folder = out / _folder(arm.name) / f"seed-{seed}"
+        folder = _run_folder(out, arm.name, seed)
         for name in ("record.json", "judge.json"):
             if not (folder / name).is_file():
                 raise UserError(f"{folder / name} is not there: arm {arm.name!r}, seed {seed} is not finished")
         if suite.kind == "training":
             measured = _held_out(out, arm.name, seed)
             if measured is None:
-                raise UserError(f"{_held_out_path(out, arm.name, seed)} is not there: its training is not finished")
-            row.add_held_out(measured, _held_out(out, suite.baseline_arm, seed))
+                raise UserError(f"{out}: arm {arm.name!r}, seed {seed} has no held_out.json: it is not trained yet")
+            row.add_held_out(measured, None if is_baseline else _held_out(out, suite.baseline_arm, seed))
         row.add_scores(read_record(folder), json.loads((folder / "judge.json").read_text(encoding="utf-8")))
-        if (folder / "gap.json").is_file():
+        if (folder / "gap.json").is_file() and not is_baseline:
             row.add_gaps(json.loads((folder / "gap.json").read_text(encoding="utf-8")))
     return row
 
 
-def _held_out_path(out: Path, arm: str, seed: int) -> Path:
-    return out / _folder(arm) / f"training-{seed}" / "held_out.json"
-
-
 def _held_out(out: Path, arm: str, seed: int) -> HeldOut | None:
-    path = _held_out_path(out, arm, seed)
+    path = out / _folder(arm) / f"training-{seed}" / "held_out.json"
     return HeldOut(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
 
@@ -117,18 +112,23 @@ def _compare(folder: Path, baseline: Path, options: run.Options) -> None:
     """Write gap.json, this run minus the baseline's on the same clips, unless it is of these two records already."""
     records = [path / "record.json" for path in (folder, baseline)]
     of, path = [sha256_file(record) for record in records], folder / "gap.json"
-    if folder == baseline or (path.is_file() and json.loads(path.read_text(encoding="utf-8"))["of"] == of):
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["of"] == of:
         return
-    one, other = (read_record(record.parent) for record in records)
     found: dict[str, Comparison] = {}
-    if one.plan.fingerprint != other.plan.fingerprint:
+    reason = ""
+    if read_record(folder).plan.fingerprint != read_record(baseline).plan.fingerprint:
         reason = "other clips than the baseline's"
-    elif one.n_planned < 2:
-        reason = "two clips are needed for an interval"
     else:
-        found, reason = compare_runs(folder, baseline, options)[0], ""
+        try:
+            found, _ = compare_runs(folder, baseline, options)
+        except UserError as error:  # too few clips, no metric in common: the table says so and is still made
+            reason = str(error)
     gaps = {name: vars(comparison) for name, comparison in found.items()}
     write_text(path, json.dumps({"of": of, "reason": reason, "gaps": gaps}, indent=1) + "\n")
+
+
+def _run_folder(out: Path, arm: str, seed: int) -> Path:
+    return out / _folder(arm) / f"seed-{seed}"
 
 
 def _folder(name: str) -> str:
@@ -142,7 +142,7 @@ def draw_frames(suite: Suite, out: Path, seed: int) -> None:
     for arm in suite.arms:
         groups.setdefault(arm.group if arm.x is not None else suite.name, []).append(arm)
     for group, arms in groups.items():
-        labels = {out / _folder(arm.name) / f"seed-{seed}": arm.name for arm in arms}
+        labels = {_run_folder(out, arm.name, seed): arm.name for arm in arms}
         write_frames(load_runs(list(labels)), labels, out, f"frames-{_folder(group)}")
 
 

@@ -54,7 +54,7 @@ class Row:
         if measured.sampled:
             mean = sum(measured.sampled) / len(measured.sampled)
             self.add("first_frame_loss", mean, mean_interval(measured.sampled))
-        if baseline and baseline.sampled and measured.sampled and measured != baseline:
+        if baseline and baseline.sampled and measured.sampled:
             gap = compare_paired(measured.sampled, baseline.sampled)
             self.gaps.setdefault("first_frame_loss", []).append((gap.difference, gap.ci95))
 

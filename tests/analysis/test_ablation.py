@@ -219,7 +219,7 @@ parts = ["autoencoder", "text", "image", "unet"]
 
 
 def test_arms_on_other_clips_are_not_compared_and_the_table_says_so(tmp_path):
-    arms = ({"name": "ours"}, {"name": "slower", "frame_stride": 2})
+    arms = ({"name": "ours"}, {"name": "slower", "frame_stride": 2}, {"name": "same"})
     suite = Suite.model_validate({"name": "own", "title": "Own", "arms": arms})
     rows = run_suite(
         suite,
@@ -228,13 +228,15 @@ def test_arms_on_other_clips_are_not_compared_and_the_table_says_so(tmp_path):
         find_protocol("smoke"),
         tmp_path,
         QUIET,
-        limit=2,
+        limit=1,
         metrics=("motion",),
     )
     strides = [planning.reopen(tmp_path / arm / "seed-123").manifest[0].frame_stride for arm in ("ours", "slower")]
     assert strides == [3, 2]  # though the protocol has a stride of its own for this dataset
-    assert not rows[1].gaps
-    assert "Not compared: slower: other clips than the baseline's" in (tmp_path / "table.md").read_text()
+    assert not rows[1].gaps and not rows[2].gaps
+    table = (tmp_path / "table.md").read_text()
+    assert "Not compared: slower: other clips than the baseline's" in table
+    assert "Not compared: same: a paired comparison needs at least 2 clips" in table
 
 
 def test_arms_without_a_stage_that_can_be_compared_are_refused(tmp_path):
