@@ -1,6 +1,7 @@
 """`dcbench ablate` and the λ sweep: every arm of a suite through the ordinary run, then one table.
 
 <out>/<arm>/seed-<s>/     an ordinary run directory: plan, clips, record; resumable, shared by later calls; gap.json
+                          an arm whose request is an earlier one's (steps 25 = eta 1) has copies of its clips
 <out>/<arm>/training-<s>/ training suites: the arm's own stages, from <out>/shared
 <out>/stages/             stages that several arms have in common, trained once
 <out>/suite.json, table.{md,csv}, curves-<metric>.png   `rebuild` makes the last ones from the records alone
@@ -8,7 +9,9 @@
 """
 
 import json
+import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from dcbench import planning, run
@@ -23,6 +26,7 @@ from dcbench.clips import resize
 from dcbench.datasets.shapes import ShapesVideo
 from dcbench.errors import UserError
 from dcbench.protocol import Protocol
+from dcbench.ranks import on_first_rank
 from dcbench.record import read_record, write_text
 from dcbench.reports import write_frames
 from dcbench.reports.tables import load_runs
@@ -44,6 +48,7 @@ def run_suite(
 ) -> list[Row]:
     """Run what is missing, score it, compare it with the baseline arm, and write the table into `out`."""
     write_text(out / "suite.json", json.dumps({"suite": suite.model_dump(), "seeds": list(seeds)}, indent=1) + "\n")
+    begun: list[planning.Job] = []
     for count, arm in enumerate(suite.arms, 1):
         for seed in seeds:
             folder = out / _folder(arm.name)
@@ -59,6 +64,8 @@ def run_suite(
             if arm.frame_stride:  # beats the protocol's own value for this dataset too
                 chosen = protocol.resolved(dataset.name).model_copy(update={"frame_stride": arm.frame_stride})
             job = planning.plan(card, dataset, chosen, data, folder / f"seed-{seed}", seed, limit, quiet=options.quiet)
+            on_first_rank(partial(_share_clips, job, begun))
+            begun.append(job)
             run.sample(job, options)
             run.score(job, options, metrics or suite.metrics, strict=bool(metrics))
             write_text(job.directory.path / "judge.json", json.dumps(judged(job), indent=1) + "\n")
@@ -82,6 +89,16 @@ def rebuild(out: Path) -> str:
     kept = json.loads((out / "suite.json").read_text(encoding="utf-8"))
     suite, seeds = Suite.model_validate(kept["suite"]), kept["seeds"]
     return write_table(suite, [_row(suite, arm, out, seeds) for arm in suite.arms], out, seeds)
+
+
+def _share_clips(job: planning.Job, begun: Sequence[planning.Job]) -> None:
+    """Copy the clips of an earlier arm that asks for exactly the same, unless this one has some of its own."""
+    wanted = (job.directory.path / "request.json").read_bytes()
+    for other in begun:
+        if (other.directory.path / "request.json").read_bytes() == wanted and not job.directory.samples.is_file():
+            with job.directory.locked():
+                shutil.copytree(other.directory.path / "clips", job.directory.path / "clips", dirs_exist_ok=True)
+                write_text(job.directory.samples, other.directory.samples.read_text(encoding="utf-8"))
 
 
 def _row(suite: Suite, arm: Arm, out: Path, seeds: Sequence[int]) -> Row:

@@ -115,8 +115,9 @@ def arm_card(card: ModelCard, arm: Arm) -> ModelCard:
     """The model's card with the arm's options; λ factors ride in the card too, so that a run's plan records them."""
     options = {**card.options, **arm.options}
     changes: dict[str, Any] = {"options": options, "sampling": {**card.sampling, **arm.sampling}}
-    if arm.image_scale:
-        changes["options"] = {**options, "probed": card.entry_point, "image_scale_factors": arm.image_scale}
+    factors = {group: factor for group, factor in arm.image_scale.items() if factor != 1}
+    if factors:  # all 1: the model as it is, and one run for every such arm
+        changes["options"] = {**options, "probed": card.entry_point, "image_scale_factors": factors}
         changes["entry_point"] = f"{__name__}:load_scaled"
     return card.model_copy(update=changes)
 

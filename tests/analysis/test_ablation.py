@@ -12,6 +12,7 @@ from dcbench.analysis.suite_table import show
 from dcbench.analysis.trained_arms import arm_recipe, train_arm
 from dcbench.catalogue import ModelCard, find_dataset, find_model
 from dcbench.errors import UserError
+from dcbench.models.dynamicrafter.pipeline import DynamiCrafter
 from dcbench.protocol import find_protocol
 from dcbench.training.recipe import find_recipe
 from dcbench.training.run import run as train
@@ -136,6 +137,25 @@ def test_sampled_arms_share_their_clips_and_resume(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in kept}
     both(suite, tmp_path / "out")
     assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_arms_that_ask_for_the_same_are_sampled_once(tmp_path, monkeypatch):
+    arms = (
+        {"name": "ours"},
+        {"name": "steps 1", "sampling": {"steps": 1}},
+        {"name": "λ as learned", "image_scale": {"all": 1.0}},
+        {"name": "λ off", "image_scale": {"all": 0.0}},
+    )
+    sampled = []
+    generate = DynamiCrafter.generate
+    monkeypatch.setattr(DynamiCrafter, "generate", lambda *given: sampled.append(1) or generate(*given))
+    both(Suite.model_validate({"name": "own", "title": "Own", "arms": arms}), tmp_path)
+    assert len(sampled) == 2 * 3  # two settings, three clips
+    runs = [tmp_path / name / "seed-123" for name in ("ours", "steps-1", "lambda-as-learned", "lambda-off")]
+    hashes = [(run / "samples.jsonl").read_text() for run in runs]
+    assert hashes[0] == hashes[1] == hashes[2] != hashes[3]
+    gap = json.loads((runs[1] / "gap.json").read_text())["gaps"]["motion"]
+    assert gap["difference"] == 0
 
 
 @pytest.mark.slow
