@@ -213,7 +213,8 @@ def test_the_shipped_tiny_weights_are_those_of_their_card() -> None:
     for name in ("weights.safetensors", "base.safetensors"):
         assert f"| `{name}`, sha256 | {hashlib.sha256((folder / name).read_bytes()).hexdigest()} |" in card
     assert sum(path.stat().st_size for path in folder.iterdir()) < 25e6
-    for recipe, log in (("tiny", "log.jsonl"), ("tiny-refine", "log-refine.jsonl")):
+    for recipe in ("tiny", "tiny-refine", "tiny-finish"):
+        log = recipe.replace("tiny", "log") + ".jsonl"
         lines = [json.loads(line) for line in (folder / log).read_text().splitlines()]
         steps = {stage.name: stage.steps for stage in find_recipe(recipe).stages}
         assert {line["stage"]: line["step"] for line in lines} == steps
