@@ -93,12 +93,16 @@ def rebuild(out: Path) -> str:
 
 def _share_clips(job: planning.Job, begun: Sequence[planning.Job]) -> None:
     """Copy the clips of an earlier arm that asks for exactly the same, unless this one has some of its own."""
-    wanted = (job.directory.path / "request.json").read_bytes()
-    for other in begun:
-        if (other.directory.path / "request.json").read_bytes() == wanted and not job.directory.samples.is_file():
-            with job.directory.locked():
-                shutil.copytree(other.directory.path / "clips", job.directory.path / "clips", dirs_exist_ok=True)
-                write_text(job.directory.samples, other.directory.samples.read_text(encoding="utf-8"))
+    own = job.directory
+    if own.samples.is_file():
+        return
+    wanted = (own.path / "request.json").read_bytes()
+    for done in (job.directory for job in begun):
+        if done.samples.is_file() and (done.path / "request.json").read_bytes() == wanted:
+            with own.locked():
+                shutil.copytree(done.path / "clips", own.path / "clips", dirs_exist_ok=True)
+                write_text(own.samples, done.samples.read_text(encoding="utf-8"))  # last: it says what is there
+            return
 
 
 def _row(suite: Suite, arm: Arm, out: Path, seeds: Sequence[int]) -> Row:
