@@ -97,7 +97,7 @@ def _share_clips(job: planning.Job, begun: Sequence[planning.Job]) -> None:
     if own.samples.is_file():
         return
     wanted = (own.path / "request.json").read_bytes()
-    for done in (job.directory for job in begun):
+    for done in (other.directory for other in begun):
         if done.samples.is_file() and (done.path / "request.json").read_bytes() == wanted:
             with own.locked():
                 shutil.copytree(done.path / "clips", own.path / "clips", dirs_exist_ok=True)
