@@ -1,38 +1,33 @@
-"""Cards: what dcbench knows of each model, dataset and metric, read from TOML and validated.
+"""Cards: the facts of each model, dataset and metric, read from TOML and validated.
 
-A card is found by name, by alias, or by the path of any TOML file; other packages add cards through the entry-point
-groups `dcbench.models`, `dcbench.datasets` and `dcbench.metrics` (an object that is the path of a TOML file or folder).
-No torch here: `dcbench list` reads every card in a few milliseconds.
+A card is found by name, by alias, or by the path of a TOML file. Other packages add cards through the entry-point
+groups `dcbench.models`, `dcbench.datasets` and `dcbench.metrics`: the object is the path of a TOML file or folder.
+This module does not import torch, so `dcbench list` reads every card in a few milliseconds.
 """
 
-import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
 import sys
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, Tag, ValidationError
+from pydantic import Field
 
 from dcbench.errors import UserError, near_match
+from dcbench.facts import Facts, read_facts, validate
+from dcbench.files import sha256_file
 
 Scalar = bool | int | float | str
 Condition = Literal["image", "prompt", "fps", "frame_stride", "end_image", "reference"]
 
 
-class Facts(BaseModel):
-    """Base of everything read from a file: an unknown key is an error, never ignored."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
 class WeightSource(Facts):
-    """A file of weights: where it comes from, how large it is, and what its licence allows."""
+    """A weight file: its source, size and licence."""
 
     name: str  # the file's name in the cache
     repository: str = ""  # Hugging Face repository, "owner/name"
@@ -42,12 +37,12 @@ class WeightSource(Facts):
     sha256: str = ""  # "" = not published
     size: int = 0  # bytes; 0 = unknown
     licence: str = ""
-    gated: bool = False  # the repository asks for an account and an agreement
-    how: str = ""  # how to get it, where it cannot be fetched
+    gated: bool = False  # the repository needs an account and an agreement
+    how: str = ""  # how to get it, if it cannot be fetched
 
 
 class Published(Facts):
-    """A number that somebody printed. Compare only within one protocol tag."""
+    """A published number. Compare it only within one protocol tag."""
 
     dataset: str
     metric: str
@@ -58,16 +53,16 @@ class Published(Facts):
 
 
 class ClipShape(Facts):
-    """What a model makes natively."""
+    """The native clip of a model."""
 
-    frames: int | None = Field(default=None, ge=1)  # None: as many as asked for
+    frames: int | None = Field(default=None, ge=1)  # None: any number
     height: int | None = Field(default=None, ge=1)
     width: int | None = Field(default=None, ge=1)
     fps: float | None = Field(default=None, gt=0)
 
 
 class Card(Facts):
-    """What every card says."""
+    """The fields that all cards have."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     title: str
@@ -77,8 +72,8 @@ class Card(Facts):
     licence: str = ""
     entry_point: str = ""  # "module:function"; "" = not available, `unavailable` says why
     unavailable: str = ""
-    options: dict[str, Any] = {}  # what the entry point understands, with defaults
-    settable: tuple[str, ...] = ()  # further keys that `--set` may give, such as "options.vdg"; the entry point checks
+    options: dict[str, Any] = {}  # the entry point's options and their defaults
+    settable: tuple[str, ...] = ()  # other keys that `--set` accepts, such as "options.vdg"; the entry point checks
     weights: tuple[WeightSource, ...] = ()
 
     @property
@@ -98,80 +93,29 @@ class ModelCard(Card):
 class DatasetCard(Card):
     """A dataset. `entry_point(card, root, options) -> Dataset`."""
 
-    protocol: str = "smoke"  # the protocol that `dcbench run` takes when none is named
+    protocol: str = "smoke"  # the default protocol of `dcbench run`
     needs_files: bool = True
     videos: int = 0
     size: str = ""  # of the download
-    layout: str = ""  # what dcbench expects below the dataset's root
+    layout: str = ""  # the files that dcbench expects in the dataset's root
+    metrics: tuple[str, ...] = ()  # metrics that need this dataset's `truth`; suites add them
 
 
 class MetricCard(Card):
-    """A metric. `entry_point(card, runtime)` builds it; see metrics/base.py."""
+    """A metric. `entry_point(card, runtime)` builds a `Metric`; see metrics/base.py."""
 
     kind: Literal["set", "per_clip"]
-    higher_is_better: bool | None = None  # None (TOML: left out): neither; a value to read beside others
+    higher_is_better: bool | None = None  # None (in TOML: left out): neither
     extractor: str = ""
-    needs: tuple[Literal["image", "prompt", "reference"], ...] = ()
-    default: bool = True  # part of a run that names no metrics
+    needs: tuple[Literal["image", "prompt", "reference", "fps", "truth"], ...] = ()  # its inputs from a case
+    of_reference: bool = False  # per clip: also measured on the reference clips, for comparison
+    default: bool = True  # used if a run names no metrics
 
 
 CardT = TypeVar("CardT", bound=Card)
 Kind = Literal["models", "datasets", "metrics"]
 _TYPES: dict[str, type[Card]] = {"models": ModelCard, "datasets": DatasetCard, "metrics": MetricCard}
 _PACKAGE = Path(__file__).parent
-
-
-def read_facts(path: Path, kind: type[BaseModel]) -> Any:
-    """A validated TOML file; errors name the file, the key and the nearest allowed key."""
-    return validate(read_toml(path), kind, str(path))
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            return tomllib.load(file)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid TOML: {error}") from error
-
-
-def validate(data: Mapping[str, Any], kind: type[BaseModel], source: str) -> Any:
-    """`data` as a pydantic model; ValidationError becomes one UserError with a line per problem."""
-    try:
-        return kind.model_validate(dict(data))
-    except ValidationError as error:
-        lines = [f"{source}: {len(error.errors())} problem(s)"]
-        for problem in error.errors():
-            where = ".".join(str(part) for part in problem["loc"])
-            if problem["type"] == "extra_forbidden":
-                allowed = _fields_at(kind, problem["loc"][:-1])
-                hint = near_match(str(problem["loc"][-1]), allowed)
-                lines.append(f"  {where}: unknown key.{hint} Allowed here: {', '.join(sorted(allowed))}.")
-            else:
-                lines.append(f"  {where}: {problem['msg']} (given: {problem['input']!r})")
-        raise UserError("\n".join(lines)) from error
-
-
-def _fields_at(kind: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    """The keys that a nested model allows, found by walking the annotations along an error's location."""
-    models = [("", kind)]
-    for part in loc:
-        if isinstance(part, int):
-            continue
-        if len(models) > 1:  # a union: this part is the tag of the member that was chosen
-            models = [found for found in models if found[0] == part] or models[:1]
-        elif part in models[0][1].model_fields:
-            models = _models_in(models[0][1].model_fields[part].annotation) or models
-    return list(models[0][1].model_fields)
-
-
-def _models_in(annotation: Any, tag: str = "") -> list[tuple[str, type[BaseModel]]]:
-    """The models that an annotation is made of, with their tags in a union."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [(tag, annotation)]
-    tag = next((item.tag for item in getattr(annotation, "__metadata__", ()) if isinstance(item, Tag)), tag)
-    return [found for part in get_args(annotation) for found in _models_in(part, tag)]
 
 
 def _card_folder(kind: Kind) -> Path:
@@ -183,7 +127,7 @@ def _card_folder(kind: Kind) -> Path:
 
 @cache
 def cards(kind: Kind) -> dict[str, Card]:
-    """Every card of a kind by name, sorted; two cards that claim one name or alias are an error."""
+    """Every card of a kind by name, sorted. UserError if two cards share a name or alias."""
     paths = sorted(_card_folder(kind).glob("*.toml"))
     for entry in sorted(importlib.metadata.entry_points(group=f"dcbench.{kind}"), key=lambda entry: entry.name):
         given = Path(str(entry.load()))
@@ -191,7 +135,7 @@ def cards(kind: Kind) -> dict[str, Card]:
     found: dict[str, Card] = {}
     claimed: dict[str, Path] = {}
     for path in paths:
-        card: Card = read_facts(path, _TYPES[kind])
+        card = _read_card(path, kind)
         for name in (card.name, *card.aliases):
             if name.lower() in claimed:
                 raise UserError(f'{path}: the name "{name}" is taken by {claimed[name.lower()]}; choose another')
@@ -200,9 +144,19 @@ def cards(kind: Kind) -> dict[str, Card]:
     return dict(sorted(found.items()))
 
 
+def _read_card(path: Path, kind: Kind) -> Any:
+    """The card in a file. The path of an entry point `file.py:name` is relative to the card, or absolute."""
+    card: Card = read_facts(path, _TYPES[kind])
+    module, _, attribute = card.entry_point.rpartition(":")
+    beside = (path.parent / module).resolve()
+    if module.endswith(".py") and beside.is_file():
+        card = card.model_copy(update={"entry_point": f"{beside}:{attribute}"})
+    return card
+
+
 def _find(kind: Kind, name: str) -> Any:
     if name.endswith(".toml"):
-        return read_facts(Path(name).expanduser(), _TYPES[kind])
+        return _read_card(Path(name).expanduser(), kind)
     known = cards(kind)
     wanted = name.lower()
     for card in known.values():
@@ -211,12 +165,12 @@ def _find(kind: Kind, name: str) -> Any:
     names = [alias.lower() for card in known.values() for alias in (card.name, *card.aliases)]
     raise UserError(
         f'no {kind.removesuffix("s")} is called "{name}".{near_match(name, names)} '
-        f"Known: {', '.join(known)}. A path of a TOML card works too."
+        f"Known: {', '.join(known)}. The path of a TOML card works too."
     )
 
 
 def find_model(name: str) -> ModelCard:
-    """A card by name, alias or path; a folder of clips, or `file.py:Class`, gives a card of its own."""
+    """A card by name, alias or path. A folder of clips, or `file.py:Class`, gives a new card."""
     path, _, attribute = name.rpartition(":")
     if path.endswith(".py"):
         return _own_model(Path(path).expanduser(), attribute)
@@ -229,7 +183,7 @@ def find_model(name: str) -> ModelCard:
 
 
 def _own_model(path: Path, attribute: str) -> ModelCard:
-    """A card for a class in the user's own file; the file's hash is in it, so a changed model is another run."""
+    """A card for a class in the user's own file. It contains the file's hash, so a changed file is another run."""
     if not path.is_file():
         raise UserError(f"--model {path}:{attribute}: there is no such file")
     return ModelCard(
@@ -237,12 +191,12 @@ def _own_model(path: Path, attribute: str) -> ModelCard:
         title=attribute,
         summary=f"{attribute} in {path.name}",
         entry_point=f"{path.resolve()}:{attribute}",
-        options={"source_sha256": hashlib.sha256(path.read_bytes()).hexdigest()},
+        options={"source_sha256": sha256_file(path)},
     )
 
 
 def slug(text: str) -> str:
-    """A name that a card, a file and a URL can carry."""
+    """Turn text into a name that is valid in a card, a file name and a URL."""
     kept = "".join(char if char.isascii() and (char.isalnum() or char in "._-") else "-" for char in text.lower())
     return kept.strip("._-") or "model"
 
@@ -255,17 +209,8 @@ def find_metric(name: str) -> MetricCard:
     return _find("metrics", name)
 
 
-def published_rows(dataset: str, metrics: list[str]) -> Iterator[tuple[ModelCard, Published]]:
-    """Published numbers of every model card on one dataset."""
-    for card in cards("models").values():
-        assert isinstance(card, ModelCard)
-        for row in card.published:
-            if row.dataset == dataset and row.metric in metrics:
-                yield card, row
-
-
 def load_entry_point(card: Card) -> Callable[..., Any]:
-    """Import what `card.entry_point` names."""
+    """Import the object `card.entry_point`. UserError if it cannot be loaded."""
     if not card.available:
         raise UserError(f"{card.name} is not available: {card.unavailable or 'its card names no entry_point'}")
     module, _, attribute = card.entry_point.rpartition(":")
@@ -277,10 +222,21 @@ def load_entry_point(card: Card) -> Callable[..., Any]:
         raise UserError(f'{card.name}: entry_point "{card.entry_point}" cannot be loaded: {error}') from error
 
 
+def source_sha256(card: Card) -> str:
+    """sha256 of the file with a card's code; "" for dcbench's own code, or without a file."""
+    module = card.entry_point.rpartition(":")[0]
+    if not module or module.split(".")[0] == "dcbench":
+        return ""
+    if module.endswith(".py"):
+        return sha256_file(Path(module))
+    spec = importlib.util.find_spec(module)
+    return sha256_file(Path(spec.origin)) if spec and spec.origin and Path(spec.origin).is_file() else ""
+
+
 def _import_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is no Python file")
+        raise ImportError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module  # dataclasses and pickles look their module up there
     spec.loader.exec_module(module)
@@ -288,7 +244,7 @@ def _import_file(path: Path) -> ModuleType:
 
 
 def with_overrides(card: CardT, settings: list[str]) -> CardT:
-    """The card with `key.path=value` applied (`--set sampling.steps=25`); only keys that the card has may be set."""
+    """The card with `key.path=value` applied (`--set sampling.steps=25`). UserError for a key that the card lacks."""
     data = card.model_dump()
     for setting in settings:
         key, equals, text = setting.partition("=")
@@ -312,7 +268,7 @@ def with_overrides(card: CardT, settings: list[str]) -> CardT:
 
 
 def _like(old: Any, text: str, key: str) -> Any:
-    """The text as a TOML value of the same type as the card's own; a string needs no quotes."""
+    """Read the text as a TOML value of the type of `old`. A string needs no quotes. UserError for another type."""
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

@@ -1,5 +1,6 @@
-"""The clip convention: uint8 [t, c, h, w] RGB at every border; float inside a model or an extractor only."""
+"""The clip convention: uint8 [t, c, h, w] RGB at every interface; float only inside a model or an extractor."""
 
+import hashlib
 from typing import Literal
 
 import torch
@@ -14,7 +15,7 @@ Interpolation = Literal["bilinear", "bicubic", "nearest"]
 
 
 def check_clip(clip: Tensor, what: str = "clip") -> Tensor:
-    """Return `clip` if it is uint8 [t, 3, h, w]; otherwise raise ValueError that names `what`."""
+    """Return `clip` if it is uint8 [t, 3, h, w]; otherwise raise a UserError that names `what`."""
     if clip.dtype != torch.uint8 or clip.ndim != 4 or clip.shape[1] != 3 or 0 in clip.shape:
         raise UserError(
             f"{what}: got {str(clip.dtype).removeprefix('torch.')} {list(clip.shape)}, expected uint8 [t, 3, h, w]. "
@@ -35,7 +36,7 @@ def to_uint8(clip: Tensor, low: float = -1.0, truncate: bool = False) -> Tensor:
 
 
 def crop_window(height: int, width: int, to_height: int, to_width: int) -> tuple[int, int, int, int]:
-    """Size after scaling the limiting side, and the offset of a centre crop: (h, w, top, left)."""
+    """Scaled size that covers the target, and the offset of the centre crop: (h, w, top, left)."""
     scale = max(to_height / height, to_width / width)
     h, w = max(to_height, round(height * scale)), max(to_width, round(width * scale))
     return h, w, (h - to_height) // 2, (w - to_width) // 2
@@ -52,7 +53,7 @@ def resize(
     """[t, c, h, w] -> [t, c, height, width], same dtype; uint8 is rounded.
 
     "crop" scales until the frame covers the target, then crops the centre; "squash" ignores the aspect ratio.
-    Both occur in published code and move FVD by hundreds: a protocol names its choice.
+    Published code uses both, and FVD differs by hundreds, so a protocol names its choice. UserError for another mode.
     """
     h, w, top, left = height, width, 0, 0
     if mode == "crop":
@@ -68,10 +69,10 @@ def resize(
 
 
 def choose_in_time(policy: TemporalPolicy, have: int, have_fps: float, want: int, want_fps: float) -> list[int]:
-    """Which of `have` frames at `have_fps` stand for `want` frames at `want_fps`.
+    """Indices of `want` frames at `want_fps`, chosen from `have` frames at `have_fps`.
 
-    "first": the first ones. "nearest_time": those nearest to k / want_fps seconds, so that both clips cover one span
-    of time. Raises UserError when there are too few frames.
+    "first": the first ones. "nearest_time": those nearest to k / want_fps seconds, so that both clips cover the
+    same time. UserError if there are too few frames.
     """
     if policy == "first":
         indices = list(range(want))
@@ -85,3 +86,9 @@ def choose_in_time(policy: TemporalPolicy, have: int, have_fps: float, want: int
             f"policy '{policy}'; {indices[-1] + 1} are needed"
         )
     return indices
+
+
+def pixels_sha256(clip: Tensor) -> str:
+    """Hash of a clip's shape and pixels."""
+    header = f"{list(clip.shape)}".encode()
+    return hashlib.sha256(header + clip.contiguous().numpy().tobytes()).hexdigest()

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Something the user can mend; the message says how."""
+    """An error that the user can fix. The message says how."""
 
 
 def near_match(given: str, allowed: Iterable[str]) -> str:
@@ -13,3 +13,8 @@ def near_match(given: str, allowed: Iterable[str]) -> str:
     by_lower = {name.lower(): name for name in allowed}
     found = difflib.get_close_matches(given.lower(), by_lower, n=1, cutoff=0.5)
     return f' Did you mean "{by_lower[found[0]]}"?' if found else ""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its type's name if the message is empty."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

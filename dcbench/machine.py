@@ -1,4 +1,4 @@
-"""The machine that a run uses: what it is called, which versions it has, how much memory was needed."""
+"""The machine of a run: hardware, package versions, peak memory, commit."""
 
 import contextlib
 import importlib.metadata
@@ -9,8 +9,6 @@ import sys
 from pathlib import Path
 
 import torch
-
-import dcbench
 
 RECORDED_VERSIONS = (
     "torch", "torchvision", "torchmetrics", "numpy", "av", "decord", "open_clip_torch", "dreamsim", "diffusers",
@@ -34,15 +32,15 @@ def hardware(device: str) -> str:
 
 
 def forget_peak_memory() -> None:
-    """Count from here, so that one model's peak is not written down for the next in the same process."""
+    """Reset the peak, so that one model's peak is not recorded for the next model in the same process."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError):  # Linux has it; elsewhere the count goes on
+    with contextlib.suppress(OSError):  # only Linux has it; elsewhere the peak is not reset
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory_mb() -> float:
-    """Of the GPU where one is used, else of this process."""
+    """Peak of the GPU if one is used, else of this process."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 1e6
     with contextlib.suppress(OSError):
@@ -53,8 +51,8 @@ def peak_memory_mb() -> float:
 
 
 def git_commit() -> str:
-    """The commit of a checkout that dcbench runs from; '' when it is installed."""
-    here = Path(dcbench.__file__).parent
+    """The commit if dcbench runs from a git checkout, else ''."""
+    here = Path(__file__).parent
     if not (here.parent / ".git").exists():
         return ""
     try:

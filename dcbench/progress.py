@@ -1,4 +1,4 @@
-"""Progress: a bar on a terminal, a plain line now and then elsewhere. Always on standard error."""
+"""Progress on standard error: a bar on a terminal, else a plain line every 15 seconds."""
 
 import sys
 import time
@@ -10,7 +10,7 @@ PLAIN_SECONDS = 15.0
 
 
 def track(items: Iterable[T], total: int, what: str, done: int = 0, quiet: bool = False) -> Iterator[T]:
-    """Yield `items`, showing `what` and how many of `total` are finished (`done` of them before)."""
+    """Yield `items` and show how many of `total` are finished; `done` were finished before."""
     if quiet or total <= done:
         yield from items
     elif sys.stderr.isatty():

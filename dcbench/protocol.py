@@ -1,28 +1,30 @@
-"""Protocols: everything that decides which clips are scored and how their pixels are made, named and fingerprinted.
+"""Protocols: all choices that decide which clips are scored and how their pixels are made.
 
-A protocol is a TOML file in `dcbench/protocols/`. Its fields are the causes of different numbers for the same model on
-the same data; `plan_clips` turns it and a dataset into the manifest, independently of directory order.
+A protocol is a TOML file in `dcbench/protocols/`. Other values of its fields give the same model other numbers on the
+same data. `plan_clips` makes the manifest from a protocol and a dataset; directory order does not matter.
 """
 
 import hashlib
 import random
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 from typing import Protocol as Interface
 
 from pydantic import Field
 
-from dcbench.catalogue import Facts, read_facts, validate
-from dcbench.errors import UserError, near_match
-from dcbench.record import Excluded, ManifestItem, check_clip_id, digest
+from dcbench.errors import UserError
+from dcbench.facts import Facts, find_toml, read_facts, validate
+from dcbench.files import digest
+from dcbench.record import Case, Excluded, check_clip_id
 from dcbench.seeding import clip_seed
+
+FOLDER = Path(__file__).parent / "protocols"
 
 
 class Protocol(Facts):
-    """Field by field: what an evaluation must fix."""
+    """The choices that an evaluation must fix."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     version: int = Field(ge=1)
@@ -39,7 +41,7 @@ class Protocol(Facts):
     start: Literal["random", "first", "middle"] = "random"
     short_videos: Literal["drop", "shrink_stride"] = "drop"
     condition: Literal["first", "random"] = "first"  # which frame of the clip is the input image
-    decoder: Literal["auto", "decord", "pyav"] = "auto"  # auto: decord, PyAV where decord fails; recorded either way
+    decoder: Literal["auto", "decord", "pyav"] = "auto"  # auto: decord, or PyAV if decord fails; the record names it
     # which pixels
     height: int = Field(ge=1)
     width: int = Field(ge=1)
@@ -49,22 +51,22 @@ class Protocol(Facts):
     # which text
     caption: Literal["first", "random", "none"] = "first"
     dataset_options: dict[str, Any] = {}
-    # what differs by dataset: any field above
+    # values for single datasets: any field above
     datasets: dict[str, dict[str, Any]] = {}
 
     @property
     def span(self) -> int:
-        """Source frames that a clip covers."""
+        """Number of source frames from the first to the last of a clip."""
         return (self.num_frames - 1) * self.frame_stride + 1
 
     def resolved(self, dataset: str) -> "Protocol":
-        """The protocol with its dataset's own values in place."""
+        """The protocol with the values for one dataset."""
         own = self.datasets.get(dataset, {})
         data = self.model_dump() | own | {"datasets": {}}
         return validate(data, Protocol, f"protocol {self.name} for {dataset}")
 
     def identity(self) -> dict[str, Any]:
-        """What the fingerprint covers of the protocol: all but its prose."""
+        """The fields that the fingerprint covers: all but title, summary and datasets."""
         return self.model_dump(mode="json", exclude={"title", "summary", "datasets"})
 
 
@@ -75,45 +77,22 @@ class ProbedVideo(Interface):
     def fps(self) -> float: ...
 
 
-class Candidate(Interface):
-    """What planning needs to know of a dataset's item."""
-
-    @property
-    def id(self) -> str: ...
-    @property
-    def path(self) -> str: ...
-    @property
-    def captions(self) -> tuple[str, ...]: ...
-    @property
-    def label(self) -> str | None: ...
-    @property
-    def group(self) -> str | None: ...
+ItemT = Any  # an item of a dataset; id, path, captions, label and group are used
 
 
-ItemT = Any  # a Candidate; dataset items carry more
-
-
-@cache
 def protocols() -> dict[str, Protocol]:
     """The protocols that come with dcbench, by name."""
-    found = [read_facts(path, Protocol) for path in sorted((Path(__file__).parent / "protocols").glob("*.toml"))]
+    found = [read_facts(path, Protocol) for path in sorted(FOLDER.glob("*.toml"))]
     return {protocol.name: protocol for protocol in found}
 
 
 def find_protocol(name: str) -> Protocol:
-    if name.endswith(".toml"):
-        return read_facts(Path(name).expanduser(), Protocol)
-    known = protocols()
-    if name not in known:
-        raise UserError(
-            f'no protocol is called "{name}".{near_match(name, known)} Known: {", ".join(known)}. '
-            "A path of a TOML file works too."
-        )
-    return known[name]
+    """A protocol by name, or by the path of a TOML file."""
+    return read_facts(find_toml("protocol", name, FOLDER), Protocol)
 
 
 def _rank(seed: int, item_id: str) -> int:
-    """A video's place in the seeded order: depends on its id alone, not on which other videos exist."""
+    """A video's place in the seeded order. It depends on seed and id, not on the other videos."""
     return int.from_bytes(hashlib.blake2b(f"select/{seed}/{item_id}".encode(), digest_size=8).digest(), "big")
 
 
@@ -122,14 +101,14 @@ def _dice(seed: int, use: str, item_id: str) -> random.Random:
 
 
 def ordered(items: Sequence[ItemT], protocol: Protocol) -> list[ItemT]:
-    """Items in the order in which the protocol wants them; the first usable `num_clips` are its choice."""
+    """Items in the protocol's order. The first `num_clips` usable ones are chosen."""
     by_id = sorted(items, key=lambda item: item.id)
     if protocol.selection in ("first", "all"):
         return by_id
     shuffled = sorted(by_id, key=lambda item: (_rank(protocol.selection_seed, item.id), item.id))
     if protocol.selection == "random":
         return shuffled
-    # by_class: the k-th video of a class with n videos stands at (k + 1/2) / n, so prefixes keep proportions
+    # by_class: the k-th of a class's n videos is at (k + 1/2) / n, so every prefix has the class distribution
     places: dict[str, list[ItemT]] = defaultdict(list)
     for item in shuffled:
         places[item.label or ""].append(item)
@@ -160,7 +139,7 @@ def choose_frames(protocol: Protocol, item_id: str, num_frames: int) -> tuple[li
 
 
 def choose_caption(protocol: Protocol, item_id: str, captions: tuple[str, ...]) -> tuple[str, int]:
-    """(prompt, index of the caption); ("", -1) where there is none or the protocol wants none."""
+    """(prompt, index of the caption); ("", -1) if there is no caption or the protocol uses none."""
     if protocol.caption == "none" or not captions:
         return "", -1
     index = 0
@@ -172,71 +151,74 @@ def choose_caption(protocol: Protocol, item_id: str, captions: tuple[str, ...]) 
 def plan_clips(
     protocol: Protocol,
     items: Sequence[ItemT],
-    probe: Callable[[ItemT], ProbedVideo],
+    probe: Callable[[Sequence[ItemT]], Iterable[ProbedVideo | UserError]],
     run_seed: int,
     limit: int | None = None,
-) -> tuple[list[ManifestItem], list[Excluded]]:
-    """The manifest, sorted by id, and the videos that could not be used.
+) -> tuple[list[Case], list[Excluded]]:
+    """The cases and the excluded videos, both sorted by id.
 
-    A video that the rule for short videos drops is replaced by the next in order; one that cannot be read (`probe`
-    raises UserError) is not: it is listed, and the sample is smaller.
+    `probe` gets the items in the protocol's order and yields a result for each. It must be lazy: only the needed
+    results are taken. A video that is too short is replaced by the next one. A video that cannot be read (its result is
+    a UserError) is not replaced, so the sample is smaller. UserError if two ids are equal or no video is usable.
     """
-    ids = [item.id for item in items]
-    if len(set(ids)) != len(ids):
-        twice = next(item_id for item_id in sorted(ids) if ids.count(item_id) > 1)
-        raise UserError(f'the dataset has two videos with the id "{twice}"; ids must be unique')
+    ids = Counter(item.id for item in items)
+    if twice := sorted(item_id for item_id, count in ids.items() if count > 1):
+        raise UserError(f'the dataset has two videos with the id "{twice[0]}"; ids must be unique')
     wanted = len(items) if protocol.selection == "all" else protocol.num_clips
     wanted = min(wanted, limit) if limit else wanted
-    chosen: list[ManifestItem] = []
+    chosen: list[Case] = []
     excluded: list[Excluded] = []
     lost = 0
-    for item in ordered(items, protocol):
-        if len(chosen) + lost >= wanted:
-            break
-        try:
-            info = probe(item)
-        except UserError as error:
-            excluded.append(Excluded(id=item.id, reason=str(error), rule="unreadable"))
+    order = ordered(items, protocol)
+    for item, info in zip(order, probe(order), strict=False):
+        if isinstance(info, UserError):
+            excluded.append(Excluded(id=item.id, reason=str(info), rule="unreadable"))
             lost += 1
-            continue
-        frames = choose_frames(protocol, item.id, info.num_frames)
-        if frames is None:
+        elif (case := make_case(protocol, item, info, run_seed)) is None:
             needed = protocol.span if protocol.short_videos == "drop" else protocol.num_frames
             reason = f"{info.num_frames} frames; {needed} are needed"
             excluded.append(Excluded(id=item.id, reason=reason, rule="short"))
-            continue
-        indices, stride = frames
-        prompt, caption_index = choose_caption(protocol, item.id, item.captions)
-        condition = 0
-        if protocol.condition == "random":
-            condition = _dice(protocol.selection_seed, "condition", item.id).randrange(protocol.num_frames)
-        chosen.append(
-            ManifestItem(
-                id=check_clip_id(item.id),
-                video=item.path,
-                frames=indices,
-                condition_frame=condition,
-                fps=info.fps / stride,
-                frame_stride=stride,
-                prompt=prompt,
-                caption_index=caption_index,
-                label=item.label,
-                group=item.group,
-                seed=clip_seed(run_seed, item.id),
-            )
-        )
+        else:
+            chosen.append(case)
+        if len(chosen) + lost >= wanted:
+            break
     if not chosen:
         raise UserError(
-            f"protocol {protocol.name} finds no usable clip among {len(items)} videos of split {protocol.split!r}"
+            f"protocol {protocol.name}: no usable clip among {len(items)} videos of split {protocol.split!r}"
             + (f"; for example {excluded[0].id}: {excluded[0].reason}" if excluded else "")
         )
-    return sorted(chosen, key=lambda entry: entry.id), sorted(excluded, key=lambda entry: entry.id)
+    return sorted(chosen, key=lambda case: case.id), sorted(excluded, key=lambda entry: entry.id)
 
 
-def fingerprint(protocol: Protocol, dataset: str, manifest: Sequence[ManifestItem]) -> str:
-    """16 hex digits over the resolved protocol, the dataset's name and the chosen clips; not over the sampling seed.
+def make_case(protocol: Protocol, item: ItemT, info: ProbedVideo, run_seed: int) -> Case | None:
+    """The case of one video. None if the video is too short."""
+    frames = choose_frames(protocol, item.id, info.num_frames)
+    if frames is None:
+        return None
+    indices, stride = frames
+    prompt, caption_index = choose_caption(protocol, item.id, item.captions)
+    condition = 0
+    if protocol.condition == "random":
+        condition = _dice(protocol.selection_seed, "condition", item.id).randrange(protocol.num_frames)
+    return Case(
+        id=check_clip_id(item.id),
+        video=item.path,
+        frames=indices,
+        condition_frame=condition,
+        fps=info.fps / stride,
+        frame_stride=stride,
+        prompt=prompt,
+        caption_index=caption_index,
+        label=item.label,
+        group=item.group,
+        seed=clip_seed(run_seed, item.id),
+    )
+
+
+def fingerprint(protocol: Protocol, dataset: str, cases: Sequence[Case]) -> str:
+    """16 hex digits over the resolved protocol, the dataset's name and the chosen clips, but not the sampling seed.
 
     Two numbers may be compared when their fingerprints are equal.
     """
-    clips = [item.model_dump(mode="json", exclude={"seed"}) for item in manifest]
+    clips = [case.model_dump(mode="json", exclude={"seed"}) for case in cases]
     return digest({"protocol": protocol.identity(), "dataset": dataset, "clips": clips})

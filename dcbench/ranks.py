@@ -1,4 +1,4 @@
-"""Processes of one run under torchrun; without it there is one, and everything here costs nothing."""
+"""Processes of one run under torchrun. Without torchrun there is one process, and nothing is sent."""
 
 import datetime
 import os
@@ -19,7 +19,7 @@ def rank() -> int:
 
 
 def join_ranks() -> None:
-    """Under torchrun, connect the processes (gloo: only small objects travel)."""
+    """Under torchrun, connect the processes (gloo, because only small objects are sent)."""
     if world_size() > 1 and not dist.is_initialized():
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
 
@@ -30,7 +30,7 @@ def barrier() -> None:
 
 
 def gather(value: Any) -> list[Any]:
-    """Every rank's value, on every rank."""
+    """The values of all ranks, on every rank."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -39,7 +39,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def on_first_rank(action: Callable[[], Any]) -> Any:
-    """Do it on rank 0; a UserError there stops every rank."""
+    """Run `action` on rank 0; every rank gets its result, or raises its UserError."""
     outcome: list[Any] = [None, None]
     if rank() == 0:
         try:

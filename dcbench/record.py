@@ -1,21 +1,18 @@
-"""What a run leaves behind: the plan, the manifest, and the record that reports are made from. No torch here.
+"""The files of a run: the plan, the manifest, and the record that reports are made from. Does not import torch.
 
-`record.json` holds nothing that differs between an undisturbed and an interrupted run; what a run cost (seconds,
-memory, hardware, dates) stands beside it in `cost.json`.
+`record.json` is the same for an interrupted and an uninterrupted run. The cost of a run (seconds, memory, hardware,
+dates) is in `cost.json`.
 """
 
-import hashlib
-import json
-import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from dcbench.catalogue import validate
 from dcbench.errors import UserError
+from dcbench.facts import validate
+from dcbench.files import canonical, read_json, read_jsonl, write_text
 
 SCHEMA_VERSION = 1
 
@@ -24,8 +21,8 @@ class Stored(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class ManifestItem(Stored):
-    """One clip: which frames of which video, conditioned on what."""
+class Case(Stored):
+    """One clip to make, a line of the manifest: its reference frames, and its conditions."""
 
     id: str
     video: str  # path relative to the dataset's root
@@ -41,11 +38,11 @@ class ManifestItem(Stored):
 
 
 class Excluded(Stored):
-    """A video that the protocol wanted and that could not be used; counted, never replaced silently."""
+    """A video that the protocol chose but that could not be used."""
 
     id: str
     reason: str
-    rule: str  # "short": dropped by the protocol's rule and replaced; "unreadable": lost, counts against n
+    rule: str  # "short": too short for the protocol, replaced; "unreadable": not replaced, so n is smaller
 
 
 class Plan(Stored):
@@ -63,7 +60,7 @@ class Plan(Stored):
 
 
 class Score(Stored):
-    """One number with what is needed to trust it."""
+    """One number with its interval and origin. `score_all` adds metric, extractor and fingerprint."""
 
     value: float | None
     ci95: tuple[float, float] | None = None
@@ -71,6 +68,7 @@ class Score(Stored):
     n_reference: int = 0
     n_generated: int = 0
     higher_is_better: bool | None = None
+    metric: dict[str, Any] = {}  # its name, version and options; {} in older records
     extractor: dict[str, str] = {}
     fingerprint: str = ""
     warnings: list[str] = []
@@ -88,16 +86,16 @@ class Failure(Stored):
 class Record(Stored):
     schema_version: int = SCHEMA_VERSION
     plan: Plan
-    scores: dict[str, Score]
+    scores: dict[str, Score]  # by metric; the name includes options that differ from the card's
     n_planned: int
     n_scored: int
     failures: list[Failure] = []
     clips_sha256: str  # of all clip hashes in the manifest's order
-    decoders: dict[str, int] = {}  # which decoder read how many reference clips
+    decoders: dict[str, int] = {}  # reference clips read by each decoder
 
 
 class Cost(Stored):
-    """What a run took; differs from one execution to the next."""
+    """The cost of a run. It differs from one execution to the next."""
 
     seconds_per_clip: float | None = None
     peak_memory_mb: float | None = None
@@ -111,78 +109,26 @@ class Cost(Stored):
     details: dict[str, Any] = {}
 
 
-def canonical(value: Any) -> str:
-    """JSON with one spelling: sorted keys, no spaces, no NaN."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-
-
-def digest(value: Any, length: int = 16) -> str:
-    return hashlib.sha256(canonical(value).encode()).hexdigest()[:length]
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that readers see the old text or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: BaseModel) -> None:
-    write_text(path, json.dumps(value.model_dump(mode="json"), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_manifest(path: Path, items: Iterable[ManifestItem]) -> None:
+def write_manifest(path: Path, items: Iterable[Case]) -> None:
     write_text(path, "".join(canonical(item.model_dump(mode="json")) + "\n" for item in items))
 
 
-def read_jsonl(path: Path, tolerate_torn_end: bool = False) -> list[dict[str, Any]]:
-    """Lines of a JSONL file. With `tolerate_torn_end`, a last line cut off by a crash is left out."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError("not an object")
-            rows.append(row)
-        except ValueError as error:
-            if tolerate_torn_end and number == len(lines):
-                break
-            raise UserError(f"{path}, line {number}: not a JSON object ({error})") from error
-    return rows
-
-
-def read_manifest(path: Path) -> list[ManifestItem]:
-    """A manifest; ids must be unique and safe as file names."""
-    items = [
-        validate(row, ManifestItem, f"{path}, line {number}") for number, row in enumerate(read_jsonl(path), start=1)
-    ]
+def read_manifest(path: Path) -> list[Case]:
+    """Read a manifest. UserError if ids are not unique or not safe as file names."""
+    items = [validate(row, Case, f"{path}, line {number}") for number, row in enumerate(read_jsonl(path), start=1)]
     if not items:
-        raise UserError(f"{path} lists no clips; expected one JSON object a line, as dcbench writes manifest.jsonl")
+        raise UserError(f"{path} lists no clips; expected one JSON object per line, as in the manifest.jsonl of a run")
     seen: set[str] = set()
     for item in items:
         check_clip_id(item.id)
         if item.id in seen:
-            raise UserError(f'{path}: the clip id "{item.id}" stands there twice')
+            raise UserError(f'{path}: the clip id "{item.id}" appears twice')
         seen.add(item.id)
     return items
 
 
 def check_clip_id(clip_id: str) -> str:
-    """A clip id becomes a file name: nothing in it may lead elsewhere."""
+    """Return the id if it is safe as a file name. Otherwise raise UserError."""
     if (
         not clip_id
         or clip_id.startswith(".")
@@ -194,12 +140,7 @@ def check_clip_id(clip_id: str) -> str:
 
 
 def _read(path: Path, kind: type[BaseModel]) -> Any:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
+    data = read_json(path)
     version = data.get("schema_version", SCHEMA_VERSION) if isinstance(data, dict) else None
     if version != SCHEMA_VERSION:
         raise UserError(f"{path} has schema version {version}; this dcbench reads version {SCHEMA_VERSION}")

@@ -1,4 +1,4 @@
-"""Randomness is an argument: one seed and one CPU generator for each clip, whatever its batch, rank or device."""
+"""One seed and one CPU generator for each clip. They do not depend on its batch, rank or device."""
 
 import hashlib
 from typing import TYPE_CHECKING
@@ -18,6 +18,6 @@ def generator(seed: int, stream: str = "") -> "torch.Generator":
 
     `stream` separates independent uses of one seed (for example "latents" and "posterior").
     """
-    import torch  # here, so that planning a run does not pay for it
+    import torch  # imported here, because planning a run does not need it
 
     return torch.Generator("cpu").manual_seed(clip_seed(seed, stream) if stream else seed)

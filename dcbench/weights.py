@@ -1,12 +1,10 @@
-"""Weight files: where they lie, how they are fetched, and how they are read without running what they hold."""
+"""Weight files: where they are stored, how they are fetched, and how they are read without running their code."""
 
-import contextlib
 import hashlib
 import os
 import shutil
-import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,53 +13,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dcbench.catalogue import WeightSource
-from dcbench.errors import UserError
+from dcbench.errors import UserError, first_line
+from dcbench.files import atomic_write, cache_dir, sha256_file
 
 
 class MissingWeights(UserError):
-    """A weight file is not here; the message says its size, its licence and how to get it."""
-
-
-def cache_dir() -> Path:
-    """$DCBENCH_CACHE, or ~/.cache/dcbench. Created on first use."""
-    path = Path(os.environ.get("DCBENCH_CACHE") or Path.home() / ".cache" / "dcbench").expanduser().absolute()
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+    """A weight file is missing. The message gives its size, its licence and how to get it."""
 
 
 def weights_dir() -> Path:
-    """$DCBENCH_WEIGHTS, or `weights` in the cache: put a file here under its card's name and it is found."""
+    """$DCBENCH_WEIGHTS, or `weights` in the cache: a file here must have the name from its card."""
     path = Path(os.environ.get("DCBENCH_WEIGHTS") or cache_dir() / "weights").expanduser().absolute()
     path.mkdir(parents=True, exist_ok=True)
     return path
-
-
-def sha256_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; renamed over it when the block ends well, removed when it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def human_size(size: int) -> str:
@@ -71,7 +35,7 @@ def human_size(size: int) -> str:
 
 
 def find(source: WeightSource) -> Path | None:
-    """The file, if it is here already: in `weights_dir()`, or as a path of its own."""
+    """The file if it exists: in `weights_dir()`, or with `source.name` as its path. Else None."""
     for path in (weights_dir() / source.name, Path(source.name).expanduser()):
         if path.is_file():
             return path
@@ -79,7 +43,7 @@ def find(source: WeightSource) -> Path | None:
 
 
 def describe(source: WeightSource) -> str:
-    """What a user must know before a download."""
+    """Text for the user before a download: size, licence, source."""
     where = f"{source.repository}/{source.file}".rstrip("/") if source.repository else source.url or "no public address"
     lines = [f"{source.name}: {human_size(source.size)}, licence: {source.licence or 'not stated'}, from {where}"]
     if source.gated:
@@ -90,7 +54,7 @@ def describe(source: WeightSource) -> str:
 
 
 def check_free(source: WeightSource, folder: Path) -> None:
-    """Raise UserError when the disk of `folder` (made where needed) has no room for the file."""
+    """Raise UserError when the disk of `folder` (created if needed) has no room for the file."""
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if source.size and free < source.size * 1.05:
@@ -101,7 +65,7 @@ def check_free(source: WeightSource, folder: Path) -> None:
 
 
 def fetch(source: WeightSource, offline: bool = False, to: Path | None = None) -> Path:
-    """The file's path; downloaded (resumable) and checked first where that is needed and allowed."""
+    """The file's path. A missing file is downloaded (resumable) and checked; if `offline`, MissingWeights."""
     folder = to or weights_dir()
     path = folder / source.name
     if path.is_file():
@@ -110,7 +74,7 @@ def fetch(source: WeightSource, offline: bool = False, to: Path | None = None) -
     if here is not None and to is None:
         return here
     if offline or not (source.repository or source.url):
-        place = "into $DCBENCH_WEIGHTS (~/.cache/dcbench/weights where that is not set)"
+        place = "into $DCBENCH_WEIGHTS (~/.cache/dcbench/weights if that is not set)"
         how = "dcbench weights fetch NAME, or --download, or put it " if source.repository or source.url else "put it "
         brief = f"{human_size(source.size)}, licence: {source.licence or 'not stated'}"
         raise MissingWeights(f"{source.name} is missing ({brief}). Get it: {how}{place}\n  {describe(source)}")
@@ -129,7 +93,7 @@ def fetch(source: WeightSource, offline: bool = False, to: Path | None = None) -
 
 
 def _download(source: WeightSource, folder: Path) -> Path:
-    """Download into a folder beside the target: huggingface_hub resumes there, pooch checks what it gets."""
+    """Download into a folder beside the target. huggingface_hub resumes there; pooch checks the file."""
     partial = folder / ".partial" / source.name
     try:
         if source.repository:
@@ -142,7 +106,7 @@ def _download(source: WeightSource, folder: Path) -> Path:
 
         known = f"sha256:{source.sha256}" if source.sha256 else None
         return Path(pooch.retrieve(source.url, known, fname=Path(source.name).name, path=partial, progressbar=True))
-    except Exception as error:  # the network and the hub raise dozens of types; the cause is kept and shown
+    except Exception as error:  # network and hub raise many types; the message shows the cause
         raise MissingWeights(
             f"could not download {source.name}: {type(error).__name__}: {first_line(error)}\n"
             f"  {describe(source)}\n  Or put the file at {folder}/{source.name}"
@@ -150,10 +114,10 @@ def _download(source: WeightSource, folder: Path) -> Path:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors or PyTorch file, on the CPU; nothing that the file holds is executed.
+    """All tensors of a safetensors or PyTorch file, on the CPU. No code in the file is executed.
 
-    A PyTorch file may hold the tensors themselves, or below "state_dict" or "module": they are returned as stored
-    otherwise. Raises UserError for a truncated, foreign or unsafe file.
+    A PyTorch file may hold the tensors at the top, or under "state_dict" or "module". Names and dtypes are returned as
+    stored. UserError for a truncated, foreign or unsafe file.
     """
     if not path.is_file():
         raise UserError(f"no such weight file: {path}")
@@ -163,12 +127,12 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{path} is not a whole safetensors file ({error}); fetch it again") from error
     try:
-        # files older than PyTorch 1.6 are no zip archives and cannot be mapped into memory
+        # files older than PyTorch 1.6 are not zip archives and cannot be memory-mapped
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # by the kind of damage: UnpicklingError, RuntimeError, EOFError, KeyError ...
+    except Exception as error:  # depends on the damage: UnpicklingError, RuntimeError, EOFError, KeyError ...
         raise UserError(
-            f"{path} cannot be loaded safely: {first_line(error)}. It is truncated, is no checkpoint, or holds "
-            "objects other than tensors, which dcbench does not execute."
+            f"{path} cannot be loaded safely: {first_line(error)}. It is truncated, is not a checkpoint, or "
+            "holds objects other than tensors, which dcbench does not load."
         ) from error
     if isinstance(loaded, dict):
         for key in ("state_dict", "module"):
@@ -176,7 +140,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
                 loaded = loaded[key]
                 break
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise UserError(f"{path} holds no plain dictionary of tensors; expected a state dict")
+        raise UserError(f"{path} is not a plain dictionary of tensors; expected a state dict")
     return loaded
 
 
@@ -184,3 +148,13 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
     """Write a safetensors file atomically."""
     with atomic_write(path) as temporary:
         save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, metadata)
+
+
+def tensors_sha256(state: Mapping[str, Tensor]) -> str:
+    """sha256 of names, dtypes, shapes and values, sorted by name. Files with equal tensors give the same hash."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -4,19 +4,9 @@ import time
 
 import pytest
 
-from dcbench.catalogue import (
-    DatasetCard,
-    MetricCard,
-    ModelCard,
-    cards,
-    find_model,
-    load_entry_point,
-    published_rows,
-    read_facts,
-    validate,
-    with_overrides,
-)
+from dcbench.catalogue import DatasetCard, MetricCard, ModelCard, cards, find_model, load_entry_point, with_overrides
 from dcbench.errors import UserError
+from dcbench.facts import read_facts, validate
 
 ISSUE_MODELS = {
     "videocomposer", "i2vgen-xl", "dynamicrafter", "dynamicrafter-512", "dynamicrafter-1024",
@@ -65,7 +55,9 @@ def test_overrides_change_only_keys_that_the_card_has():
 
 
 def test_published_numbers_carry_their_protocol_and_source():
-    rows = [(card.name, row) for card, row in published_rows("msrvtt", ["fvd"])]
+    models = [card for card in cards("models").values() if isinstance(card, ModelCard)]
+    rows = [(card.name, row) for card in models for row in card.published if row.dataset == "msrvtt"]
+    rows = [(name, row) for name, row in rows if row.metric == "fvd"]
     paper = [row for name, row in rows if name == "dynamicrafter" and row.protocol == "dynamicrafter-paper"]
     assert [row.value for row in paper] == [234.66]
     groups = {row.value for name, row in rows if name == "dynamicrafter"}

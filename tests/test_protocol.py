@@ -29,7 +29,7 @@ def protocol(**changes) -> Protocol:
 
 
 def plan(p, videos, seed=0, limit=None):
-    return plan_clips(p, videos, lambda video: video, seed, limit)
+    return plan_clips(p, videos, lambda order: order, seed, limit)
 
 
 VIDEOS = [Video(f"v{k:03d}", label=f"class{k // 40}") for k in range(200)]
@@ -126,14 +126,29 @@ def test_trap_07_the_number_of_clips_changes_the_fingerprint():
 def test_trap_11_an_unreadable_video_is_named_and_not_replaced():
     broken = plan(protocol(), VIDEOS)[0][3].id
 
-    def probe(video):
-        if video.id == broken:
-            raise UserError("damaged")
-        return video
+    def probe(order):
+        return [UserError("damaged") if video.id == broken else video for video in order]
 
     chosen, excluded = plan_clips(protocol(), VIDEOS, probe, 0)
     assert len(chosen) == 19
     assert [(lost.id, lost.reason, lost.rule) for lost in excluded] == [(broken, "damaged", "unreadable")]
+
+
+def test_the_answers_belong_to_the_videos_in_the_protocols_order():
+    """Whatever the order is, a video's frames are chosen by its own length, and no more is asked than is needed."""
+    videos = [replace(video, num_frames=46 + 5 * k) for k, video in enumerate(VIDEOS)]
+    asked = []
+
+    def probe(order):
+        for video in order:
+            asked.append(video.id)
+            yield video
+
+    chosen, _ = plan_clips(protocol(), videos, probe, 0)
+    lengths = {video.id: video.num_frames for video in videos}
+    expected = {item.id: choose_frames(protocol(), item.id, lengths[item.id]) for item in chosen}
+    assert {item.id: (item.frames, item.frame_stride) for item in chosen} == expected
+    assert sorted(asked) == [item.id for item in chosen]
 
 
 def test_short_videos_are_dropped_and_replaced_by_rule_or_the_stride_shrinks():

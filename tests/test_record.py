@@ -3,18 +3,10 @@ import json
 import pytest
 
 from dcbench.errors import UserError
-from dcbench.record import (
-    ManifestItem,
-    canonical,
-    check_clip_id,
-    read_jsonl,
-    read_manifest,
-    read_record,
-    write_manifest,
-    write_text,
-)
+from dcbench.files import canonical, read_jsonl, write_text
+from dcbench.record import Case, check_clip_id, read_manifest, read_record, write_manifest
 
-ITEM = ManifestItem(id="a", video="a.avi", frames=[0, 3], fps=8.0, frame_stride=3, prompt="λ", caption_index=0, seed=1)
+ITEM = Case(id="a", video="a.avi", frames=[0, 3], fps=8.0, frame_stride=3, prompt="λ", caption_index=0, seed=1)
 
 
 def test_a_manifest_survives_a_round_trip_to_the_byte(tmp_path):
@@ -37,7 +29,7 @@ def test_a_bad_manifest_names_the_line(tmp_path):
     with pytest.raises(UserError, match="line 2"):
         read_manifest(path)
     path.write_text((canonical(ITEM.model_dump()) + "\n") * 2)
-    with pytest.raises(UserError, match="stands there twice"):
+    with pytest.raises(UserError, match="appears twice"):
         read_manifest(path)
     path.write_text("")
     with pytest.raises(UserError, match="lists no clips"):
