@@ -1,16 +1,16 @@
-"""What a dataset yields; the protocol chooses videos, frames and captions from it."""
+"""The dataset interface: items with a video and captions. The protocol chooses among them."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from dcbench.catalogue import DatasetCard
-from dcbench.errors import UserError
+from dcbench.catalogue import DatasetCard, load_entry_point
+from dcbench.errors import UserError, near_match
 from dcbench.video import Video, VideoError, VideoInfo
 
-__all__ = ["Dataset", "Item", "Video", "VideoError", "VideoInfo", "find_root"]
+__all__ = ["Dataset", "Item", "Video", "VideoError", "VideoInfo", "find_root", "load_dataset"]
 
 
 @dataclass(frozen=True)
@@ -19,15 +19,16 @@ class Item:
 
     id: str  # unique within the dataset, free of path separators
     video: Video
-    path: str  # relative to the dataset's root, "/" as separator; what a manifest shows
+    path: str  # relative to the dataset's root, "/" as separator; the manifest shows it
     captions: tuple[str, ...]  # candidates; the protocol chooses one
     split: str
-    label: str | None = None  # class name, where the dataset has classes
+    label: str | None = None  # class name, if the dataset has classes
     group: str | None = None  # source video or recording that several items share (UCF-101: Class_gXX)
+    truth: Mapping[str, Any] | None = None  # JSON values: what the video shows, for metrics that need it
 
 
 class Dataset(Protocol):
-    """Items sorted by id, whatever the file system's order."""
+    """`items` gives the videos of a split, sorted by id."""
 
     def items(self, split: str) -> Sequence[Item]: ...
 
@@ -35,7 +36,7 @@ class Dataset(Protocol):
 
 
 def find_root(card: DatasetCard, data: Path | None) -> Path | None:
-    """Where a dataset's files lie: `data`, or $DCBENCH_DATA/<name>; None for a dataset that needs no files."""
+    """The folder of a dataset's files: `data`, or else $DCBENCH_DATA/<name>. None if the dataset needs no files."""
     if not card.needs_files:
         return None
     base = os.environ.get("DCBENCH_DATA")
@@ -49,3 +50,16 @@ def find_root(card: DatasetCard, data: Path | None) -> Path | None:
         f" and give --data DIR, or put it at $DCBENCH_DATA/{card.name}.\n"
         f"  Expected below that folder:\n    " + "\n    ".join(card.layout.strip().splitlines())
     )
+
+
+def load_dataset(card: DatasetCard, root: Path | None = None, options: Mapping[str, Any] | None = None) -> Dataset:
+    """Load a card's dataset from the files in `root` (see `find_root`). `options` override the card's own.
+
+    UserError for an option that the card does not have.
+    """
+    chosen = dict(options or {})
+    allowed = [*card.options, *(key.removeprefix("options.") for key in card.settable)]
+    if unknown := sorted(set(chosen) - set(allowed)):
+        hint = near_match(unknown[0], allowed)
+        raise UserError(f"{card.name}: unknown option {unknown[0]!r}.{hint} It has: {', '.join(allowed) or 'none'}")
+    return load_entry_point(card)(card, root, {**card.options, **chosen})

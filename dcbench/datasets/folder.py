@@ -1,4 +1,4 @@
-"""Any folder of videos, however deep; captions from an optional CSV or JSONL file."""
+"""A folder of videos, with its subfolders. Captions come from an optional CSV or JSONL file."""
 
 import csv
 import hashlib
@@ -22,9 +22,9 @@ UNSAFE = re.compile(r'[\x00-\x1f\\:*?"<>|]')
 
 
 def find_files(root: Path) -> list[str]:
-    """Relative paths of all files, "/" as separator, sorted; hidden ones are left out.
+    """Relative paths of all files, "/" as separator, sorted. Hidden files and folders are left out.
 
-    Linked folders are followed; a folder that is reached twice counts once.
+    Symbolic links to folders are followed. A folder that is reached twice counts once.
     """
     found = []
     seen: set[tuple[int, int]] = set()
@@ -44,12 +44,12 @@ def find_videos(root: Path) -> list[str]:
 
 
 def make_ids(paths: list[str]) -> dict[str, str]:
-    """A file-safe, unique id for each relative path: the path without its ending, "/" as "__".
+    """A unique id for each relative path, safe as a file name: the path without its suffix, "/" replaced by "__".
 
-    A name that is unsafe, too long or shared gets a hash of its path, so that an id never depends on the order.
+    An unsafe, too long or repeated name gets a hash of its path, so that no id depends on the order.
     """
     plain = {path: path.rsplit(".", 1)[0].replace("/", "__") for path in paths}
-    shared = Counter(name.lower() for name in plain.values())  # some file systems do not tell a from A
+    shared = Counter(name.lower() for name in plain.values())  # some file systems ignore case
     ids = {}
     for path, name in plain.items():
         safe = UNSAFE.sub("_", name).lstrip(".")[:120]
@@ -60,7 +60,7 @@ def make_ids(paths: list[str]) -> dict[str, str]:
 
 
 class Folder:
-    """A folder of videos. A subfolder train, val or test is that split; without it, every split is all videos."""
+    """A folder of videos. Subfolders train, val and test are splits; a split without its subfolder is all videos."""
 
     def __init__(self, root: Path, captions: str = ""):
         self.root = root
@@ -83,7 +83,7 @@ class Folder:
         return sorted(items, key=lambda item: item.id)
 
     def _read_captions(self, given: str) -> dict[str, list[str]]:
-        """Captions by relative path. A row may name a file with or without its ending, or by its id."""
+        """Captions by relative path. A row names a file with or without its suffix, or by its id."""
         file = self._find_captions(given)
         if file is None:
             return {}
@@ -96,8 +96,8 @@ class Folder:
                 captions.setdefault(path, []).extend(text for text in texts if text)
         if rows and not captions:
             raise UserError(
-                f"{file}: none of its {len(rows)} rows names a video of {self.root}; it says {rows[0][0]!r}, "
-                f"a file there is {next(iter(self.ids))!r}"
+                f"{file}: none of its {len(rows)} rows names a video of {self.root}. The first row names "
+                f"{rows[0][0]!r}; a file there is {next(iter(self.ids))!r}"
             )
         return captions
 
@@ -106,7 +106,7 @@ class Folder:
             for path in (Path(given).expanduser(), self.root / given):
                 if path.is_file():
                     return path
-            raise UserError(f"folder: captions = {given!r} is no file, neither by itself nor in {self.root}")
+            raise UserError(f"folder: captions = {given!r} is no file, neither as given nor in {self.root}")
         return next((self.root / name for name in CAPTION_FILES if (self.root / name).is_file()), None)
 
 
@@ -133,8 +133,8 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[str, list[str]]]:
             raise UserError(f'{file}, line {number}: expected {{"file": ..., "caption": ...}} ({error!r})') from error
 
 
-def load(card: DatasetCard, root: Path | None, options: Mapping[str, Any]) -> Folder:
+def load_folder(card: DatasetCard, root: Path | None, options: Mapping[str, Any]) -> Folder:
     """Entry point of the card `folder`."""
     if root is None:
         raise UserError("folder needs its files: give --data DIR")
-    return Folder(root, str(options.get("captions", "")))
+    return Folder(root, options["captions"])

@@ -1,7 +1,7 @@
-"""Writes a procedural dataset as real video files in another dataset's official layout.
+"""Writes a procedural dataset as video files in the official layout of another dataset.
 
-So the real loaders, decoders and protocols can be tried at any scale without a download. Half of the videos belong to
-the official test split, half to the training split. The same arguments give the same bytes.
+With it, the real loaders, decoders and protocols can be tried at any scale without a download. Half of the videos
+belong to the official test split, half to the training split. The same arguments give the same bytes.
 """
 
 import json
@@ -16,28 +16,28 @@ from torch import Tensor
 from dcbench.catalogue import DatasetCard
 from dcbench.datasets.base import Dataset, Item
 from dcbench.errors import UserError, near_match
+from dcbench.files import write_text
 from dcbench.progress import track
-from dcbench.record import write_text
 from dcbench.video import write_avi, write_mp4
 
 Layout = Literal["ucf101", "msrvtt"]
 LAYOUTS = ("ucf101", "msrvtt")
 MARK = "made.json"
-TEST_GROUPS = {"01": range(1, 8), "02": range(8, 15), "03": range(15, 22)}  # UCF-101's three splits, of groups 1-25
+TEST_GROUPS = {"01": range(1, 8), "02": range(8, 15), "03": range(15, 22)}  # of UCF-101's splits; groups are 1-25
 FIRST_TEST, NUM_MSRVTT = 7010, 10000
 
 
 def make(
     dataset: Dataset, card: DatasetCard, layout: str, videos: int, out: Path, quiet: bool = False
 ) -> dict[str, int]:
-    """Write `videos` videos and their lists below `out`; returns how many each split has. The same call continues."""
+    """Write `videos` videos and their lists to `out`. Returns the count of each split. The same call continues."""
     if layout not in LAYOUTS:
         raise UserError(f"layout {layout!r}, expected one of {', '.join(LAYOUTS)}.{near_match(layout, LAYOUTS)}")
     most = 2 * (NUM_MSRVTT - FIRST_TEST) if layout == "msrvtt" else 10**6
     if not 2 <= videos <= most:
         raise UserError(f"{videos} videos: expected 2 to {most} (half of them for the test split)")
     if card.needs_files:
-        raise UserError(f"{card.name} consists of files already; a procedural dataset can be written, such as shapes")
+        raise UserError(f"{card.name} consists of files already; give a procedural dataset, such as shapes")
     _claim(out, {"dataset": card.name, "options": card.options, "layout": layout, "videos": videos})
     test = dataset.items("test")[: videos // 2]
     train = dataset.items("train")[: videos - videos // 2]
@@ -47,7 +47,7 @@ def make(
     placed = list(place(test, train))
     for item, file in track(placed, len(placed), f"writing {layout} videos", quiet=quiet):
         path = out / file
-        if path.is_file():  # writing is atomic: what is there is whole
+        if path.is_file():  # writing is atomic, so an existing file is complete
             continue
         info = item.video.info()
         clip = widen(item.video.read(range(info.num_frames)))
@@ -57,7 +57,7 @@ def make(
 
 
 def widen(clip: Tensor) -> Tensor:
-    """Repeat the left and right edges until the frame is 4:3, as both datasets are; a centre crop takes them off."""
+    """Widen frames to 4:3, as in both datasets, by repeating the edge columns. A centre crop removes them again."""
     height, width = clip.shape[-2:]
     side = max(0, round(height * 4 / 3 / 2) * 2 - width) // 2
     edges = [clip[..., :1].expand(-1, -1, -1, side), clip, clip[..., -1:].expand(-1, -1, -1, side)]
@@ -65,7 +65,7 @@ def widen(clip: Tensor) -> Tensor:
 
 
 def _claim(out: Path, request: dict[str, Any]) -> None:
-    """Mark the folder with what it holds; refuse one that holds something else."""
+    """Write the request into the folder. UserError if the folder holds other files or another request."""
     mark = out / MARK
     try:
         before = json.loads(mark.read_text(encoding="utf-8")) if mark.is_file() else None
@@ -84,11 +84,11 @@ def _claim(out: Path, request: dict[str, Any]) -> None:
         raise UserError(f"cannot write to {out}: {error.strerror or error}. Give another folder: --out DIR") from error
 
 
-Placed = tuple[Item, str]  # a video and its path below the root
+Placed = tuple[Item, str]  # a video and its path relative to the root
 
 
 def _place_ucf101(test: Sequence[Item], train: Sequence[Item]) -> Iterator[Placed]:
-    """Class = the item's label; groups 1-7 are split 1's test groups, 8-25 its training groups."""
+    """The item's label is the class. Test videos get groups 1-7, training videos 8-25, as in split 1."""
     counts: Counter[tuple[str, int]] = Counter()
     for items, groups in ((test, range(1, 8)), (train, range(8, 26))):
         seen: Counter[str] = Counter()
@@ -121,7 +121,7 @@ def _place_msrvtt(test: Sequence[Item], train: Sequence[Item]) -> Iterator[Place
 
 
 def _list_msrvtt(placed: list[Placed], out: Path) -> None:
-    """The official pair of JSON files (validation would be video6513-7009, so all training videos are `train`)."""
+    """Write the two official JSON files. All training videos are `train`: validation starts at video6513."""
     for split, folder, name in (
         ("test", "TestVideo", "test_videodatainfo.json"),
         ("train", "TrainValVideo", "train_val_videodatainfo.json"),

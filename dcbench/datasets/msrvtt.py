@@ -1,4 +1,4 @@
-"""MSR-VTT: videos with 20 captions each, from the official JSON files, merged ones, or the 1k-A list."""
+"""MSR-VTT: videos with 20 captions each. Reads the official JSON files, merged ones, or the 1k-A list."""
 
 import csv
 import io
@@ -15,11 +15,11 @@ from dcbench.datasets.text import open_text
 from dcbench.errors import UserError, near_match
 from dcbench.video import SUFFIXES, VideoFile
 
-# In merged files the field `split` disagrees with the official ranges of numbers, so the ranges decide.
+# In merged files the field `split` differs from the official number ranges, so it is not used.
 RANGES = {"train": range(0, 6513), "val": range(6513, 7010), "test": range(7010, 10000), "all": range(0, 10000)}
 SPLITS = (*RANGES, "1k-A")
 JSON_NAMES = (
-    ("test_videodatainfo.json", "train_val_videodatainfo.json"),  # together: the official pair
+    ("test_videodatainfo.json", "train_val_videodatainfo.json"),  # the official pair
     ("MSRVTT_data.json",),
     ("videodatainfo_2017.json",),
 )
@@ -40,7 +40,7 @@ class MSRVTT:
         return SPLITS
 
     def items(self, split: str) -> list[Item]:
-        """Every video of the split, sorted by id; one that is listed and missing is there, and fails when read."""
+        """Every video of the split, sorted by id. A listed video without a file is included and fails when read."""
         if split not in SPLITS:
             raise UserError(f"msrvtt: split {split!r}, expected one of {', '.join(SPLITS)}.{near_match(split, SPLITS)}")
         if split == "1k-A":
@@ -56,7 +56,7 @@ class MSRVTT:
         return Item(name, VideoFile(path), relative, captions, split, group=source)
 
     def _read_json(self, split: str) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
-        """Captions in the order of their numbers, and the web video that a clip was cut from, by video."""
+        """Captions in the order of `sen_id`, and the URL of the source web video; both by video id."""
         wanted = RANGES[split]
         sentences: dict[str, list[tuple[int, str]]] = {}
         sources: dict[str, str] = {}
@@ -83,7 +83,7 @@ class MSRVTT:
         return {name: tuple(text for _, text in sorted(rows)) for name, rows in sentences.items()}, sources
 
     def _read_list(self) -> dict[str, tuple[str, ...]]:
-        """The 1k-A list: one sentence a video. Copies differ in the column's name and in the separator."""
+        """Read the 1k-A list: one sentence per video. Copies of it differ in column name and separator."""
         if self.list_file is None:
             raise UserError(f"msrvtt: split 1k-A needs {LIST_NAMES[0]}, which is not in {self.root}")
         with open_text(self.list_file) as file:
@@ -109,7 +109,7 @@ class MSRVTT:
             path = Path(given).expanduser()
             path = path if path.is_file() else self.root / path
             if not path.is_file():
-                raise UserError(f"msrvtt: annotations = {given!r} is no file, neither by itself nor in {self.root}")
+                raise UserError(f"msrvtt: annotations = {given!r} is no file, neither as given nor in {self.root}")
             return ([], path) if path.suffix == ".csv" else ([path], None)
         by_name: dict[str, Path] = {}
         for path in find_files(self.root):
@@ -122,12 +122,12 @@ class MSRVTT:
             raise UserError(
                 f"msrvtt: no annotations in {self.root}. Expected there:\n  "
                 + "\n  ".join(self.layout.strip().splitlines())
-                + "\n  Under another name: set options.annotations in a card of your own"
+                + "\n  If a file has another name, set options.annotations in your own card"
             )
         return found, listed
 
     def _find_videos(self) -> dict[str, Path]:
-        """Every video<number> file below the root; of several, .mp4 before others, then the first path."""
+        """The file of each video<number> below the root. Of several, .mp4 comes first, then the first path."""
         found: dict[str, Path] = {}
         paths = [self.root / path for path in find_videos(self.root)]
         usable = [path for path in paths if VIDEO.fullmatch(path.stem)]
@@ -160,8 +160,8 @@ def _load_json(file: Path) -> dict[str, list[dict[str, Any]]]:
     return data
 
 
-def load(card: DatasetCard, root: Path | None, options: Mapping[str, Any]) -> MSRVTT:
+def load_msrvtt(card: DatasetCard, root: Path | None, options: Mapping[str, Any]) -> MSRVTT:
     """Entry point of the card `msrvtt`."""
     if root is None:
         raise UserError("msrvtt needs its files: give --data DIR")
-    return MSRVTT(root, str(options.get("annotations", "")), card.layout)
+    return MSRVTT(root, options["annotations"], card.layout)

@@ -1,4 +1,4 @@
-"""Lists and captions that come with a dataset: read as UTF-8, errors for the user."""
+"""Reads the lists and captions of a dataset as UTF-8. A UserError names the file."""
 
 import contextlib
 import csv
@@ -12,13 +12,13 @@ from dcbench.errors import UserError
 
 @contextlib.contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """What goes wrong while a file is read names it."""
+    """Turn errors while reading a file into a UserError that names it."""
     try:
         yield
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.object[error.start]:#x}); save it as UTF-8") from error
     except csv.Error as error:
-        raise UserError(f"{path} is no CSV file: {error}") from error
+        raise UserError(f"{path} is not a valid CSV file: {error}") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
@@ -31,7 +31,7 @@ def open_text(path: Path) -> Iterator[TextIO]:
 
 
 def csv_records(path: Path) -> Iterator[tuple[int, int, list[str]]]:
-    """(first byte, end byte, fields) of each record that is not empty, the header too; `csv_record` reads one again."""
+    """(first byte, end byte, fields) of each non-empty record, the header included. See `csv_record`."""
     end = 0
 
     def lines(file: io.BufferedReader) -> Iterator[str]:
@@ -49,7 +49,7 @@ def csv_records(path: Path) -> Iterator[tuple[int, int, list[str]]]:
 
 
 def csv_record(path: Path, start: int, end: int) -> list[str]:
-    """The fields of one record of a CSV file, by its place in bytes."""
+    """The fields of the CSV record between two byte positions."""
     with _explained(path), path.open("rb") as file:
         file.seek(start)
         text = file.read(end - start).decode("utf-8")

@@ -13,7 +13,7 @@ from dcbench.video import VideoFile
 
 SPLITS = ("all", "train01", "test01", "train02", "test02", "train03", "test03")
 NAME = re.compile(r"v_(?P<label>\w+)_g(?P<group>\d+)_c(?P<clip>\d+)\.avi", re.IGNORECASE)
-# The one class whose folder and files are spelt differently; copies of the data set mix the two.
+# In this class only, folder and files are spelt differently. Copies of the dataset mix both spellings.
 FILE_SPELLING = {"HandstandPushups": "HandStandPushups"}
 SENTENCES = Path(__file__).with_name("ucf101_prompts_pyoco.tsv")  # PYoCo (arXiv 2305.10474), its appendix
 
@@ -24,7 +24,7 @@ def class_prompt(label: str) -> str:
 
 
 class UCF101:
-    """Videos of one of the official splits, or all that lie in the folder."""
+    """Videos of an official split, or all videos in the folder."""
 
     def __init__(self, root: Path, prompts: str = "class-name", layout: str = ""):
         self.root = root
@@ -43,7 +43,7 @@ class UCF101:
         return SPLITS
 
     def items(self, split: str) -> list[Item]:
-        """Every video of the split, sorted by id; one that is listed and missing is there, and fails when read."""
+        """Every video of the split, sorted by id. A listed video without a file is included and fails when read."""
         if split not in SPLITS:
             raise UserError(f"ucf101: split {split!r}, expected one of {', '.join(SPLITS)}.{near_match(split, SPLITS)}")
         names = self._listed(split) if split != "all" else [f"{p.parent.name}/{p.name}" for p in self.files.values()]
@@ -54,7 +54,7 @@ class UCF101:
         folder, _, file = name.partition("/")
         match = NAME.fullmatch(file)
         if match is None:
-            if split == "all":  # a stray file in the folder; `dcbench data verify` lists it
+            if split == "all":  # not a file of UCF-101; `dcbench data verify` lists it
                 return None
             raise UserError(f"{self.lists}/{split}: {name!r} is no UCF-101 video; expected Class/v_Class_gXX_cYY.avi")
         label = self.labels.get(folder.lower(), folder)
@@ -71,7 +71,7 @@ class UCF101:
         )
 
     def _listed(self, split: str) -> list[str]:
-        """Lines of an official list: `Class/file.avi`, with a class number behind it in the training lists."""
+        """Entries `Class/file.avi` of an official list. The class numbers of training lists are dropped."""
         file = f"{split[:-2]}list{split[-2:]}.txt"
         if self.lists is None or not (self.lists / file).is_file():
             raise UserError(
@@ -104,7 +104,7 @@ class UCF101:
         return None
 
     def _read_labels(self) -> dict[str, str]:
-        """Lower-case class -> official class name; from classInd.txt, or else from the folders."""
+        """Lower-case class -> official class name, from classInd.txt, or else from the folder names."""
         index = self.lists / "classInd.txt" if self.lists else None
         if index is None or not index.is_file():
             return {path.parent.name.lower(): path.parent.name for path in self.files.values()}
@@ -115,7 +115,7 @@ class UCF101:
         return {name.lower(): name for _, name in rows}
 
     def _read_prompts(self, prompts: str) -> dict[str, str] | None:
-        """Class -> sentence; None for prompts from the class name."""
+        """Class -> sentence. None if prompts are made from class names."""
         if prompts == "class-name":
             return None
         path = SENTENCES if prompts == "sentence" else Path(prompts).expanduser()
@@ -143,8 +143,8 @@ class UCF101:
         return sentences
 
 
-def load(card: DatasetCard, root: Path | None, options: Mapping[str, Any]) -> UCF101:
+def load_ucf101(card: DatasetCard, root: Path | None, options: Mapping[str, Any]) -> UCF101:
     """Entry point of the card `ucf101`."""
     if root is None:
         raise UserError("ucf101 needs its files: give --data DIR")
-    return UCF101(root, str(options.get("prompts", "class-name")), card.layout)
+    return UCF101(root, options["prompts"], card.layout)

@@ -1,4 +1,4 @@
-"""Decodes every video of a dataset and lists what is broken, damaged, short, duplicated, missing or unused."""
+"""Decodes every video of a dataset. Lists broken, damaged, short, duplicated, missing and unused files."""
 
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -8,21 +8,21 @@ from dcbench.datasets.base import Dataset, Item
 from dcbench.datasets.folder import find_videos
 from dcbench.errors import UserError
 from dcbench.progress import track
-from dcbench.video import Facts, VideoFile, examine, in_order
+from dcbench.video import FileFacts, VideoFile, examine, in_order
 
-SHOWN = 20  # lines of each kind in the text; the lists are whole
+SHOWN = 20  # entries of each kind in the text; the lists are complete
 
 
 @dataclass
 class Verification:
-    """What decoding a split found; each list names videos by their path below the root."""
+    """Result of decoding a split. The lists hold paths relative to the root."""
 
     split: str
     checked: int = 0
     frames: int = 0
     min_frames: int = 0
-    unusable: list[str] = field(default_factory=list)  # all of the next four, for a list to leave out
-    missing: list[str] = field(default_factory=list)  # listed, but there is no such file
+    unusable: list[str] = field(default_factory=list)  # the next four together; training can leave them out
+    missing: list[str] = field(default_factory=list)  # listed, but the file does not exist
     broken: list[str] = field(default_factory=list)  # "path: reason"; no frame can be read
     damaged: list[str] = field(default_factory=list)  # "path: reason"; the frames before the damage can be read
     short: list[str] = field(default_factory=list)  # "path: n frames"; fewer than min_frames
@@ -35,7 +35,7 @@ class Verification:
         return not (self.missing or self.broken or self.damaged or self.short or self.duplicates)
 
     def text(self) -> str:
-        """For the screen: a line a kind, and below it the videos."""
+        """Text for the screen: one line per kind, then its videos."""
         by = ", ".join(f"{count} by {name}" for name, count in sorted(self.decoders.items())) or "none"
         lines = [f"split {self.split}: {self.checked} videos, {self.frames} frames decoded; read {by}"]
         kinds = {
@@ -58,7 +58,7 @@ class Verification:
 def verify(
     dataset: Dataset, split: str, root: Path | None = None, min_frames: int = 16, workers: int = 2, quiet: bool = False
 ) -> Verification:
-    """Decode every video of a split, in parallel processes. `root` also finds files that no split names."""
+    """Decode every video of a split in `workers` processes. With `root`, also list files that are in no split."""
     items = dataset.items(split)
     result = Verification(split, min_frames=min_frames)
     same: dict[str, list[str]] = defaultdict(list)
@@ -90,22 +90,24 @@ def verify(
     return result
 
 
-def _examine(item: Item) -> Facts:
+def _examine(item: Item) -> FileFacts:
     if isinstance(item.video, VideoFile):
         return examine(item.video.path, with_hash=True)
     info = item.video.info()
     item.video.read(range(info.num_frames))
-    return Facts(info.num_frames, info.num_frames, info.fps, info.height, info.width, "procedural", [], "", None, False)
+    return FileFacts(
+        info.num_frames, info.num_frames, info.fps, info.height, info.width, "procedural", [], "", None, False
+    )
 
 
-def _damage(facts: Facts) -> str:
-    """Why a file is not whole; one frame less than declared is the placeholder of DivX files, not a loss."""
+def _damage(facts: FileFacts) -> str:
+    """Why a file is damaged, or "". DivX files declare one frame too many (a placeholder); that is no damage."""
     if facts.damage:
         return facts.damage[0]
     if facts.fps <= 0:
         return "no frame rate"
     if facts.declared > facts.frames + 1:
-        return f"the header promises {facts.declared} frames, {facts.frames} decode"
+        return f"the header declares {facts.declared} frames, only {facts.frames} can be decoded"
     return ""
 
 
@@ -115,7 +117,7 @@ def _unused(dataset: Dataset, root: Path) -> list[str]:
     for split in dataset.splits():
         try:
             items = dataset.items(split)
-        except UserError:  # a split whose list is not here
+        except UserError:  # the list of this split is missing
             continue
         used |= {item.video.path.resolve() for item in items if isinstance(item.video, VideoFile)}
     return [path for path in find_videos(root) if (root / path).resolve() not in used]

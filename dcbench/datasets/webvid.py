@@ -1,4 +1,4 @@
-"""WebVid: captioned web videos listed in CSV files, for training; also the release with motion annotations."""
+"""WebVid: web videos with captions, listed in CSV files, for training. Motion annotations are supported."""
 
 import itertools
 import re
@@ -23,11 +23,11 @@ SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 class WebVid:
-    """Videos `videos/<page_dir>/<videoid>.mp4` of the CSV files in the root; `train` and `val` by the file's name.
+    """Videos `videos/<page_dir>/<videoid>.mp4`, listed in CSV files in the root. "val" in a file's name makes it `val`.
 
-    With motion annotations: `min_dynamic_confidence` keeps the captions that speak of motion, and prompt =
-    "dynamic_wording" takes the words of motion in place of the caption (DynamiCrafter, arXiv 2310.12190). `exclude`
-    names a file of videos to leave out, an id or a path a line: of ten million web videos some cannot be read.
+    Options for motion annotations (DynamiCrafter, arXiv 2310.12190): `min_dynamic_confidence` keeps the captions that
+    describe motion; prompt = "dynamic_wording" uses the motion words instead of the caption. `exclude` is a file of
+    videos to leave out, one id or path per line: some of ten million web videos cannot be read.
     """
 
     def __init__(
@@ -67,10 +67,11 @@ class WebVid:
                 place.extend((number, start, end))
         if not names:
             raise UserError(
-                f"webvid: no video of split {split} has a dynamic confidence of {self.min_dynamic_confidence}"
-                + (" and is not excluded" if self.excluded else "")
+                f"webvid: no video of split {split} is left"
+                + (f"; min_dynamic_confidence is {self.min_dynamic_confidence}" if self.needs_motion else "")
+                + ("; exclude leaves videos out" if self.excluded else "")
             )
-        # of two rows of one video the later one counts
+        # if two rows name one video, the later row is used
         _, last = np.unique(np.array(names[::-1]), return_index=True)
         return Videos(lists, np.array(place).reshape(-1, 3)[::-1][last])
 
@@ -89,7 +90,7 @@ class WebVid:
         for path in (Path(name).expanduser(), self.root / name):
             if path.is_file():
                 return path
-        raise UserError(f"webvid: {option} = {name!r} is no file, neither by itself nor in {self.root}")
+        raise UserError(f"webvid: {option} = {name!r} is no file, neither as given nor in {self.root}")
 
     def _list(self, file: Path, split: str) -> "Listing":
         columns = next((fields for *_, fields in csv_records(file)), [])
@@ -102,7 +103,7 @@ class WebVid:
 
 @dataclass(frozen=True)
 class Listing:
-    """One CSV file: which of its records are taken, and the video that a record names."""
+    """One CSV file: selects records and makes an item from a record."""
 
     source: WebVid
     file: Path
@@ -110,7 +111,7 @@ class Listing:
     columns: tuple[str, ...]
 
     def records(self) -> Iterator[tuple[int, int, Item]]:
-        """First byte and end byte of the records that are taken, and their videos."""
+        """(first byte, end byte, item) of each selected record."""
         source = self.source
         for number, (start, end, fields) in enumerate(itertools.islice(csv_records(self.file), 1, None), 2):
             if not source.needs_motion or self._confidence(fields, number) >= source.min_dynamic_confidence:
@@ -134,13 +135,13 @@ class Listing:
         try:
             return float(value or 0)
         except ValueError as error:
-            raise UserError(f"{self.file}, line {number}: dynamic_confidence {value!r} is no number") from error
+            raise UserError(f"{self.file}, line {number}: dynamic_confidence {value!r} is not a number") from error
 
 
 class Videos(Sequence[Item]):
-    """Videos by id, read from their line of a CSV file when they are asked for.
+    """Videos sorted by id. Indexing reads an item from its line of a CSV file.
 
-    Ten million take 240 MB so; as items they would take 10 GB in each process of a training.
+    Ten million videos take 240 MB this way. As items they would take 10 GB in each training process.
     """
 
     def __init__(self, lists: Sequence[Listing], places: np.ndarray) -> None:
@@ -161,9 +162,8 @@ class Videos(Sequence[Item]):
         return rows.item(csv_record(rows.file, start, end))
 
 
-def load(card: DatasetCard, root: Path | None, options: Mapping[str, Any]) -> WebVid:
+def load_webvid(card: DatasetCard, root: Path | None, options: Mapping[str, Any]) -> WebVid:
     """Entry point of the card `webvid`."""
     if root is None:
         raise UserError("webvid needs its files: give --data DIR")
-    given = {**card.options, **options}
-    return WebVid(root, given["annotations"], float(given["min_dynamic_confidence"]), given["prompt"], given["exclude"])
+    return WebVid(root, **options)

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from dcbench.datasets.base import VideoError
-from dcbench.datasets.shapes import JITTER, MOTIONS, TEMPLATES, TRAVEL, Shapes, scene
+from dcbench.datasets.shapes import Shapes
 from dcbench.errors import UserError
+from dcbench.shapes import JITTER, MOTIONS, TEMPLATES, TRAVEL, scene
 
 
 def test_a_video_is_the_same_wherever_it_is_read():
