@@ -1,6 +1,6 @@
-"""The feature cache: what an extractor gave for a clip, found again by the clip's pixels and the extractor's identity.
+"""The feature cache: an extractor's output for a clip. The key hashes the clip's pixels and the extractor.
 
-One small file an entry, written under a temporary name and renamed: processes may share the cache without a lock.
+Each entry is a small file, written under a temporary name and renamed. So processes share the cache without a lock.
 """
 
 import json
@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dcbench.errors import UserError
-from dcbench.record import write_text
-from dcbench.weights import cache_dir, save_tensors
+from dcbench.files import cache_dir, write_text
+from dcbench.weights import save_tensors
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class FeatureCache:
         return self.root / kind / rest[:2] / f"{rest}{suffix}"
 
     def get(self, key: str) -> dict[str, Tensor] | None:
-        """The tensors stored under a key; None when there are none. A damaged file counts as none."""
+        """The tensors of a key, or None. A damaged file is removed and gives None."""
         path = self._path(key, ".safetensors")
         if not path.is_file():
             return None
@@ -78,7 +78,7 @@ class FeatureCache:
                 yield Entry(path, kind, stat.st_size, (now - stat.st_mtime) / 86400)
 
     def prune(self, older_than_days: float = 0.0) -> tuple[int, int]:
-        """Remove entries at least so old; (how many, how many bytes)."""
+        """Remove entries of at least this age. Returns (entries, bytes)."""
         count = size = 0
         for entry in self.entries():
             if entry.age_days >= older_than_days:

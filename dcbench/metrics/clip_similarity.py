@@ -1,11 +1,11 @@
-"""CLIP-similarity by open_clip: cosines (not x100, not clamped) of frames with the prompt, each other, the image.
+"""CLIP similarity by open_clip: cosines of frames with the prompt, the next frame or the image; not x100, not clamped.
 
-clip_text: mean over frames of cos(prompt, frame). clip_frames: mean of cos(frame i, frame i + 1), which a still picture
-maximises. clip_image: mean of cos(input image, frame). One encoder serves all three, and each frame is encoded once.
+clip_text: mean over frames of cos(prompt, frame). clip_frames: mean of cos(frame i, frame i + 1); a still picture has
+the highest value. clip_image: mean of cos(input image, frame). All three share an encoder; it encodes each frame once.
 """
 
 from collections.abc import Sequence
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from dcbench.catalogue import MetricCard
 from dcbench.errors import UserError, near_match
-from dcbench.metrics.base import FeatureExtractor
-from dcbench.metrics.i3d import is_torchscript, load_torchscript, tensors_sha256
-from dcbench.metrics.per_clip import PerClipMetric, RememberedFrames, check_inputs, cosine, to_pil
-from dcbench.weights import fetch, load_tensors
+from dcbench.metrics.base import ClipMetric, FeatureExtractor, View
+from dcbench.metrics.i3d import is_torchscript, load_torchscript
+from dcbench.metrics.per_clip import RememberedFrames, cosine, to_pil
+from dcbench.weights import fetch, load_tensors, tensors_sha256
 
 Kind = Literal["text", "frames", "image"]
 
@@ -33,10 +33,10 @@ def load_clip(path: Path) -> dict[str, Tensor]:
 
 
 class CLIPEncoder(FeatureExtractor):
-    """An open_clip model with weights from a file. `model` is one of open_clip's names, or a JSON of that form.
+    """An open_clip model with weights from a file. `model` is an open_clip name, or a JSON file of open_clip's form.
 
-    OpenAI's weights need the activation QuickGELU: `ViT-B-32-quickgelu`, not `ViT-B-32`. The activation that the
-    network really has stands in the encoder's name.
+    OpenAI's weights need the activation QuickGELU: `ViT-B-32-quickgelu`, not `ViT-B-32`. The encoder's name
+    contains the activation.
     """
 
     def __init__(self, model: str, path: Path, device: str = "cpu") -> None:
@@ -51,13 +51,13 @@ class CLIPEncoder(FeatureExtractor):
             model = config.stem
         if model not in open_clip.list_models():
             hint = near_match(model, open_clip.list_models())
-            raise UserError(f'open_clip knows no model "{model}".{hint} A path of a JSON description works too.')
+            raise UserError(f'open_clip has no model "{model}".{hint} The path of a JSON description works too.')
         described = open_clip.get_model_config(model) or {}
         quick = bool(described.get("quick_gelu", False))
         if is_torchscript(path) and not quick:
             raise UserError(
-                f'{path} is one of OpenAI\'s archives, whose network uses QuickGELU; "{model}" builds GELU, '
-                f"which gives other numbers silently. Set options.model = {model}-quickgelu"
+                f'{path} is an OpenAI archive. Its network uses QuickGELU, but "{model}" uses GELU and gives other '
+                f"numbers. Set options.model = {model}-quickgelu"
             )
         self.network: Any = open_clip.create_model(model, pretrained=None, pretrained_text=False, device="cpu").eval()
         state = load_clip(path)
@@ -91,35 +91,27 @@ class CLIPEncoder(FeatureExtractor):
         return self._texts[prompt]
 
 
-class SimilarityMetric(PerClipMetric):
-    """One of the three similarities; values are cosines in [-1, 1], printed in papers as 0.2 to 0.3 for text."""
+class SimilarityMetric(ClipMetric):
+    """One of the three similarities; values are cosines in [-1, 1]. Papers print 0.2 to 0.3 for text."""
+
+    extractor: CLIPEncoder
+    extractor_options = ("model", "checkpoint")
 
     def __init__(self, card: MetricCard, extractor: CLIPEncoder, kind: Kind) -> None:
-        super().__init__(card)
-        self.extractor, self.kind = extractor, kind
+        super().__init__(card, extractor)
+        self.kind = kind
 
-    def extract(
-        self, clips: Sequence[Tensor], images: Sequence[Tensor] | None = None, prompts: Sequence[str] | None = None
-    ) -> list[dict[str, Any]]:
-        """-> {"value", "per_frame"} a clip; for "frames" the list holds the t - 1 consecutive pairs."""
-        check_inputs(self.card.name, clips, images, prompts, self.needs)
-        rows = []
-        for index, clip in enumerate(clips):
-            frames = self.extractor.remembered(list(clip))
-            if self.kind == "text":
-                per_frame = cosine(self.extractor.embed_text((prompts or ())[index])[None], frames)
-            elif self.kind == "image":
-                per_frame = cosine(self.extractor.remembered([(images or ())[index]]), frames)
-            elif len(clip) < 2:
-                raise UserError("clip_frames compares consecutive frames: a clip needs at least 2")
-            else:
-                per_frame = cosine(frames[:-1], frames[1:])
-            rows.append({"value": float(per_frame.mean()), "per_frame": per_frame.tolist()})
-        return rows
-
-    @cached_property
-    def needs(self) -> tuple[str, ...]:
-        return {"text": ("prompt",), "image": ("image",), "frames": ()}[self.kind]
+    def observe(self, view: View) -> dict[str, Any]:
+        """-> {"value", "per_frame"}; for "frames" the list has t - 1 values, one per pair."""
+        clip = self.check(view.clip, min_frames=2 if self.kind == "frames" else 1)
+        frames = self.extractor.remembered(list(clip))
+        if self.kind == "text":
+            per_frame = cosine(self.extractor.embed_text(view.need("prompt"))[None], frames)
+        elif self.kind == "image":
+            per_frame = cosine(self.extractor.remembered([view.need("image")]), frames)
+        else:
+            per_frame = cosine(frames[:-1], frames[1:])
+        return {"value": float(per_frame.mean()), "per_frame": per_frame.tolist()}
 
 
 @cache
@@ -132,8 +124,8 @@ def build(card: MetricCard, runtime: Any) -> SimilarityMetric:
     kind = card.options.get("kind")
     if kind not in ("text", "frames", "image"):
         raise UserError(f'{card.name}: options.kind is "{kind}"; allowed: text, frames, image')
-    given = card.options.get("checkpoint", "")
-    path = Path(given).expanduser() if given else fetch(card.weights[0], runtime.offline)
+    named = card.options.get("checkpoint", "")
+    path = Path(named).expanduser() if named else fetch(card.weights[0], runtime.offline)
     if not path.is_file():
         raise UserError(f"{card.name}: no such checkpoint: {path}")
     return SimilarityMetric(card, _shared(card.options.get("model", "ViT-B-32-quickgelu"), path, runtime.device), kind)

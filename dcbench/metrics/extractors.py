@@ -1,4 +1,4 @@
-"""Feature extractors: clips to features, with everything that decides the numbers inside (resize, range, weights)."""
+"""Feature extractors: clips to features. An extractor includes all that changes the numbers: resize, range, weights."""
 
 import math
 from functools import cache
@@ -21,7 +21,7 @@ def to_square(frames: Tensor, mode: Preprocessing, size: int = 224) -> Tensor:
     """float [n c h w] -> [n c size size], by one of the resizes that published FVD code uses.
 
     squash: half-pixel bilinear, no antialias (StyleGAN-V, cd-fvd, TATS, LVDM). aa: the same with antialias.
-    tf1: the reference's legacy bilinear, no half-pixel centres. crop: short side, centre crop (VideoGPT).
+    tf1: TensorFlow 1's bilinear, no half-pixel centres. crop: resize the short side, centre crop (VideoGPT).
     """
     if mode == "tf1":
         return _legacy_bilinear(_legacy_bilinear(frames, size, -2), size, -1)
@@ -36,7 +36,7 @@ def to_square(frames: Tensor, mode: Preprocessing, size: int = 224) -> Tensor:
 
 
 def _legacy_bilinear(x: Tensor, size: int, axis: int) -> Tensor:
-    """Along one axis, output i reads input i · (old / size): TensorFlow 1's resize_bilinear, align_corners=False."""
+    """Resize one axis; output i samples input i · (old / size): TensorFlow 1's resize_bilinear, align_corners=False."""
     old = x.shape[axis]
     position = torch.arange(size, dtype=torch.float32, device=x.device) * (old / size)
     low = position.floor().long().clamp_(max=old - 1)
@@ -97,5 +97,5 @@ def _shared(preprocessing: Preprocessing, weights: Path, device: str) -> I3DExtr
 
 
 def i3d_extractor(preprocessing: Preprocessing = "squash", device: str = "cpu") -> I3DExtractor:
-    """The extractor that every metric of this process shares."""
+    """The extractor, shared by all metrics of this process."""
     return _shared(preprocessing, weights_path(), device)

@@ -1,6 +1,6 @@
 """Pure functions of features: distances between two sets, and their uncertainty. Everything is computed in float64.
 
-Features are [n, d], one row a clip. The definitions are those of docs/metrics.md, which also lists what others compute.
+Features are [n, d], one row per clip. docs/metrics.md defines the metrics and lists what other code computes.
 """
 
 import math
@@ -18,7 +18,7 @@ Statistic = Callable[[Tensor, Tensor], float]
 
 
 def check_features(real: Tensor, generated: Tensor) -> tuple[Tensor, Tensor]:
-    """Both sets as float64 [n, d] and [m, d]; UserError for NaN, different d or fewer than two rows."""
+    """Both sets as float64 [n, d] and [m, d]. UserError for NaN, infinity, different d or fewer than two rows."""
     for name, features in (("reference", real), ("generated", generated)):
         if features.ndim != 2:
             raise UserError(f"{name} features: got shape {list(features.shape)}, expected [clips, features]")
@@ -41,15 +41,16 @@ def check_features(real: Tensor, generated: Tensor) -> tuple[Tensor, Tensor]:
 def frechet_distance(real: Tensor, generated: Tensor) -> float:
     """|μ1 - μ2|² + tr(Σ1 + Σ2 - 2 √(Σ1 Σ2)), covariances with n - 1 (Unterthiner et al., arXiv 1812.01717).
 
-    With Σ = CᵀC for centred rows C / √(n - 1), tr √(Σ1 Σ2) is the sum of the singular values of C1 C2ᵀ. No matrix root:
-    the value is exact for fewer clips than dimensions, and 0 to rounding for identical sets.
+    C holds the centred rows divided by √(n - 1), so Σ = CᵀC, and tr √(Σ1 Σ2) is the sum of the singular values of
+    C1 C2ᵀ. No matrix root is needed. The value is exact for fewer clips than dimensions, and 0 (up to rounding) for
+    identical sets.
     """
     real, generated = check_features(real, generated)
     mean_part = (real.mean(0) - generated.mean(0)).square().sum()
     roots = []
     for features in (real, generated):
         centred = (features - features.mean(0)) / math.sqrt(len(features) - 1)
-        # CᵀC = RᵀR: more rows than columns carry nothing further
+        # CᵀC = RᵀR, and R is smaller if there are more rows than columns
         roots.append(torch.linalg.qr(centred, mode="r").R if len(centred) > centred.shape[1] else centred)
     covariance_part = sum(root.square().sum() for root in roots) - 2 * torch.linalg.svdvals(roots[0] @ roots[1].T).sum()
     return max(float(mean_part + covariance_part), 0.0)
@@ -57,7 +58,7 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Extrapolation:
-    """The curve through FVD against 1 / N."""
+    """The curve fitted to FVD against 1 / N."""
 
     value: float  # at 1 / N = 0
     coefficients: tuple[float, ...]  # of 1, 1/N, 1/N²
@@ -75,12 +76,12 @@ def frechet_infinity(
     order: int = 2,
     seed: int = 0,
 ) -> Extrapolation:
-    """The Fréchet distance of infinitely many clips: a + b / N + c / N² fitted over N/4 ... N (arXiv 1911.07023).
+    """The Fréchet distance of infinitely many clips: a + b / N + c / N², fitted over N/4 ... N (arXiv 1911.07023).
 
-    Sizes lie evenly in 1 / N; each takes the mean over disjoint subsets of `draws` seeded shuffles. `order` 1 is the
-    straight line of the paper, which stays biased below about 4 d clips (docs/metrics.md). Sets may differ in size: the
-    smaller counts as N, the larger is thinned in proportion. With `blocks` (see `make_blocks`) the whole fit is
-    repeated without each block, which gives the interval.
+    The sizes are evenly spaced in 1 / N. Each value is the mean over disjoint subsets of `draws` seeded shuffles.
+    `order` 1 is the straight line of the paper; it is biased below about 4 d clips (docs/metrics.md). If the sets
+    differ in size, N is the smaller size, and the other set is thinned in proportion. With `blocks` (see
+    `make_blocks`), the fit is repeated without each block, which gives the interval. UserError below 16 clips.
     """
     real, generated = check_features(real, generated)
     if min(len(real), len(generated)) < 16:
@@ -117,7 +118,7 @@ def frechet_infinity(
 
 @dataclass(frozen=True)
 class PolynomialKernel:
-    """k(x, y) = (γ xᵀy + c)^degree. The default is KVD's of the paper's group: degree 3, γ = 1/d, c = 1."""
+    """k(x, y) = (γ xᵀy + c)^degree. The default is LVDM's KVD: degree 3, γ = 1/d, c = 1."""
 
     degree: int = 3
     gamma: float | None = None  # None: 1 / d
@@ -139,7 +140,7 @@ CUBIC = PolynomialKernel()
 def kernel_distance(real: Tensor, generated: Tensor, kernel: PolynomialKernel = CUBIC, unbiased: bool = True) -> float:
     """Squared maximum mean discrepancy over the full sets (Gretton et al., JMLR 2012, Lemma 6), scale x1.
 
-    Unbiased: the diagonals of the two within-set sums are left out, and the value may be negative. Sizes may differ.
+    `unbiased` leaves out the diagonals of both within-set sums, and the value may be negative. Sizes may differ.
     """
     real, generated = check_features(real, generated)
     within = []
@@ -153,7 +154,7 @@ def kernel_distance_variance(real: Tensor, generated: Tensor, kernel: Polynomial
     """Variance of the unbiased estimate for n = m (Sutherland et al., arXiv 1611.04488, §2).
 
     h_ij = k(x_i, x_j) + k(y_i, y_j) - k(x_i, y_j) - k(x_j, y_i);  (4/n) Var(mean_j h_ij) - 2/(n(n-1)) Var(h_ij).
-    Row i of both sets counts as one pair, so clips that share a source video are accounted for.
+    Row i of both sets is one pair, so x_i and y_i may depend on each other. UserError if n ≠ m.
     """
     real, generated = check_features(real, generated)
     n = len(real)
@@ -164,7 +165,7 @@ def kernel_distance_variance(real: Tensor, generated: Tensor, kernel: Polynomial
     h.fill_diagonal_(0)
     mean = h.sum() / (n * (n - 1))
     rows = h.sum(1) / (n - 1)
-    spread = (h - mean).square().sum() - n * mean.square()  # without the diagonal, which holds (0 - mean)²
+    spread = (h - mean).square().sum() - n * mean.square()  # minus the diagonal's n terms (0 - mean)²
     variance = 4 / n * rows.var() - 2 / (n * (n - 1)) * spread / (n * (n - 1) - 1)
     return max(float(variance), 0.0)
 
@@ -173,9 +174,9 @@ def kernel_distance_variance(real: Tensor, generated: Tensor, kernel: Polynomial
 
 
 def make_blocks(count: int, groups: Sequence[str] | None = None, blocks: int = 16) -> list[Tensor]:
-    """Split range(count) into at most `blocks` near-equal blocks of rows; rows of one group stay together.
+    """Split range(count) into at most `blocks` near-equal blocks of rows. Rows of one group stay together.
 
-    A group is the source video that several clips share. Fewer than three blocks make no interval: an empty list.
+    A group is the source video of several clips. Returns [] if there are fewer than three blocks: no interval.
     """
     if groups is not None and len(groups) != count:
         raise ValueError(f"{len(groups)} groups for {count} clips")
@@ -186,7 +187,7 @@ def make_blocks(count: int, groups: Sequence[str] | None = None, blocks: int = 1
     if number < 3:
         return []
     members: list[list[int]] = [[] for _ in range(number)]
-    # The largest group goes to the emptiest block; ties go in turn, so neighbours in a list fall into different blocks
+    # The largest group goes to the smallest block, so neighbouring rows fall into different blocks
     for rows in sorted(rows_of.values(), key=len, reverse=True):
         min(members, key=len).extend(rows)
     return [torch.tensor(sorted(rows)) for rows in members]
@@ -204,7 +205,7 @@ def jackknife(
 ) -> Jackknife:
     """Delete-a-block jackknife for blocks of unequal size (Busing, Meijer & van der Leeden 1999).
 
-    Block k leaves both sets at once. Blocks index the larger set's rows; the smaller set loses the same share.
+    Block k is removed from both sets at once. Blocks index the larger set; the smaller set loses the same share.
     """
     value = statistic(real, generated) if value is None else value
     longer = max(len(real), len(generated))
@@ -223,7 +224,7 @@ def jackknife(
 
 
 def _thin(keep: Tensor, length: int) -> Tensor:
-    """The mask of the longer set, read at the shorter set's rows: row i stands for row i·(longer / length)."""
+    """The mask for a shorter set: its row i uses entry i · (longer / length) of `keep`."""
     rows = torch.arange(length) * len(keep) // length
     return keep[rows]
 
@@ -237,9 +238,9 @@ def student_interval(value: float, error: float, degrees: int, level: float = 0.
 def kernel_permutation_p(
     real: Tensor, generated: Tensor, kernel: PolynomialKernel = CUBIC, permutations: int = 1000, seed: int = 0
 ) -> float:
-    """p of 'both sets come from one distribution' by shuffling the labels; valid at any size, one-sided.
+    """p value of 'both sets come from one distribution', by permuting the labels. One-sided, valid at any size.
 
-    The kernel matrix of the pooled set is computed once; each shuffle costs two products with it.
+    The kernel matrix of the pooled set is computed once for all permutations.
     """
     real, generated = check_features(real, generated)
     n, m = len(real), len(generated)
@@ -275,7 +276,7 @@ class Manifold:
 def manifold_metrics(real: Tensor, generated: Tensor, neighbours: int = 5) -> Manifold:
     """Precision and recall (arXiv 1904.06991), density and coverage (arXiv 2002.09797) with k-nearest-neighbour balls.
 
-    Stable from about a thousand clips; recall and coverage fall when generated clips lack variety.
+    Stable from about a thousand clips. Recall and coverage are low if generated clips lack variety.
     """
     real, generated = check_features(real, generated)
     if min(len(real), len(generated)) <= neighbours:
@@ -303,10 +304,10 @@ def mean_interval(
 ) -> tuple[float, float] | None:
     """Interval of the mean of per-clip values: bias-corrected and accelerated bootstrap (BCa) over source videos.
 
-    Clips of one group are drawn together. For few groups the percentiles are widened as Student's t is (Hesterberg,
-    arXiv 1411.5279, §3.2). None with fewer than three groups; a single point when all values agree.
+    Clips of one group are drawn together. For few groups, the percentiles are widened like Student's t (Hesterberg,
+    arXiv 1411.5279, §3.2). None for fewer than three groups; a single point if all group means are equal.
     """
-    from scipy.stats import bootstrap  # a second to import
+    from scipy.stats import bootstrap  # the import takes a second
 
     sums, sizes = group_sums(values, groups)
     if len(sums) < 3:

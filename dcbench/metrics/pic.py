@@ -21,10 +21,9 @@ from torch import Tensor
 
 from dcbench.catalogue import MetricCard, WeightSource
 from dcbench.errors import UserError, near_match
-from dcbench.metrics.base import FeatureExtractor
-from dcbench.metrics.i3d import tensors_sha256
-from dcbench.metrics.per_clip import PerClipMetric, RememberedFrames, check_inputs, cosine, to_pil
-from dcbench.weights import fetch, load_tensors, weights_dir
+from dcbench.metrics.base import ClipMetric, FeatureExtractor, View
+from dcbench.metrics.per_clip import RememberedFrames, cosine, to_pil
+from dcbench.weights import fetch, load_tensors, tensors_sha256, weights_dir
 
 REQUIRED = {
     "ensemble": (
@@ -46,7 +45,7 @@ DINO = WeightSource(
 
 
 def dreamsim_folder(kind: str, sources: Sequence[WeightSource], offline: bool) -> Path:
-    """The unpacked weights of a DreamSim type, below `weights_dir()`; fetched and unpacked when they are not there."""
+    """The folder of a DreamSim type's weights in `weights_dir()`. Missing weights are fetched and unpacked."""
     folder = weights_dir() / f"dreamsim-{kind}"
     if all((folder / name).exists() for name in REQUIRED[kind]):
         return folder
@@ -54,7 +53,7 @@ def dreamsim_folder(kind: str, sources: Sequence[WeightSource], offline: bool) -
     partial = Path(tempfile.mkdtemp(prefix=f".dreamsim-{kind}-", dir=weights_dir()))
     try:
         with zipfile.ZipFile(archive) as zipped:
-            zipped.extractall(partial)  # checks the CRC of every member, and keeps each below the folder
+            zipped.extractall(partial)  # checks the CRC of every member, and writes only inside the folder
         missing = [name for name in REQUIRED[kind] if not (partial / name).exists()]
         if missing:
             raise UserError(f"{archive} holds no {missing[0]}: it is not DreamSim's archive for {kind}")
@@ -71,7 +70,7 @@ def _source(name: str, sources: Sequence[WeightSource]) -> WeightSource:
     for source in sources:
         if source.name == name:
             return source
-    from dreamsim.config import dreamsim_weights  # each release has its own archive for each type
+    from dreamsim.config import dreamsim_weights  # the archives depend on the installed release
 
     kind = name.removeprefix("dreamsim-").removesuffix(".zip")
     return WeightSource(name=name, url=dreamsim_weights[kind], licence="MIT")
@@ -79,15 +78,15 @@ def _source(name: str, sources: Sequence[WeightSource]) -> WeightSource:
 
 @contextlib.contextmanager
 def _kept_local(dino: Path | None) -> Iterator[None]:
-    """While DreamSim loads: no code from torch.hub, tensors to the CPU, no chatter.
+    """While DreamSim loads: use no code from torch.hub, load tensors to the CPU, print nothing.
 
-    DreamSim asks torch.hub for DINO's network at an unpinned commit. The same file lies inside the dreamsim package, so
-    the network is built from there, and only its weights are read.
+    DreamSim loads DINO's code from torch.hub at an unpinned commit. The dreamsim package contains the same code, so the
+    network is built from the package, and only its weights are read.
     """
 
     def hub_load(repository: str, model: str, *_: Any, **__: Any) -> torch.nn.Module:
         if model != "dino_vitb16" or dino is None:
-            raise UserError(f"DreamSim asks torch.hub for {repository} {model}, which dcbench does not run")
+            raise UserError(f"DreamSim needs {repository} {model} from torch.hub, which dcbench does not run")
         from dreamsim.feature_extraction.vision_transformer import vit_base
 
         network = vit_base(patch_size=16, num_classes=0)
@@ -110,7 +109,7 @@ def _kept_local(dino: Path | None) -> Iterator[None]:
 
 
 class DreamSimEmbedder(FeatureExtractor):
-    """DreamSim's embedding of an image, by the real package: its distance is one minus the cosine of two of these."""
+    """Image embeddings by the dreamsim package. DreamSim's distance is one minus the cosine of two embeddings."""
 
     preprocessing = "PIL bicubic to 224x224, [0, 1]"
 
@@ -131,7 +130,7 @@ class DreamSimEmbedder(FeatureExtractor):
                 ) from error
         state = {name: value for name, value in self.network.state_dict().items() if isinstance(value, Tensor)}
         for index, extractor in enumerate(self.network.base_model.model.extractor_list):
-            if isinstance(getattr(extractor, "proj", None), Tensor):  # a plain attribute, in no state dict
+            if isinstance(getattr(extractor, "proj", None), Tensor):  # a plain attribute, not in the state dict
                 state[f"proj.{index}"] = extractor.proj
         self.weights_sha256 = tensors_sha256(state)
         self.num_features = int(self.network.embed_size)
@@ -153,35 +152,27 @@ def _unit(image: Image.Image) -> Tensor:
     return to_tensor(image)
 
 
-class ConformityMetric(PerClipMetric):
-    """PIC of each clip, with its curve over the frames.
+class ConformityMetric(ClipMetric):
+    """PIC of each clip and of each frame.
 
-    Frame 0 counts, as in the paper; the mean without it stands beside ("without_first"). 1 = every frame looks like the
-    input image, which a still picture reaches: read it beside `motion`.
+    Frame 0 counts, as in the paper; "without_first" is the mean without it. 1 = every frame looks like the input image.
+    A still picture scores 1 too, so read PIC together with `motion`.
     """
 
-    def __init__(self, card: MetricCard, extractor: DreamSimEmbedder) -> None:
-        super().__init__(card)
-        self.extractor = extractor
+    extractor: DreamSimEmbedder
+    extractor_options = ("dreamsim_type",)
 
-    def extract(
-        self, clips: Sequence[Tensor], images: Sequence[Tensor] | None, prompts: Sequence[str] | None = None
-    ) -> list[dict[str, Any]]:
-        """-> {"value", "without_first", "per_frame": 1 - D(image, frame) for each frame} a clip."""
-        check_inputs("PIC", clips, images, needs=("image",))
-        rows = []
-        for clip, image in zip(clips, images or (), strict=True):
-            embedded = self.extractor.remembered([image, *clip])  # t + 1 embeddings, not 2 t
-            per_frame = cosine(embedded[:1], embedded[1:]).tolist()
-            later = per_frame[1:] or per_frame
-            rows.append(
-                {
-                    "value": sum(per_frame) / len(per_frame),
-                    "without_first": sum(later) / len(later),
-                    "per_frame": per_frame,
-                }
-            )
-        return rows
+    def observe(self, view: View) -> dict[str, Any]:
+        """-> {"value", "without_first", "per_frame": 1 - D(image, frame) for each frame}."""
+        clip, image = self.check(view.clip), view.need("image")
+        embedded = self.extractor.remembered([image, *clip])  # t + 1 embeddings, not 2 t
+        per_frame = cosine(embedded[:1], embedded[1:]).tolist()
+        later = per_frame[1:] or per_frame
+        return {
+            "value": sum(per_frame) / len(per_frame),
+            "without_first": sum(later) / len(later),
+            "per_frame": per_frame,
+        }
 
 
 @cache

@@ -1,11 +1,10 @@
-"""SSIM of the input image and each frame: needs no weights, so it stands in for PIC where DreamSim's are not to be had.
+"""SSIM of the input image and each frame. It needs no weights, so it can replace PIC if DreamSim's are missing.
 
-Mean over frames of SSIM (Wang et al., IEEE TIP 2004, eq. 13; gaussian window of 11 pixels, sigma 1.5, mirrored at the
-border as torchmetrics does), as PIC is a mean over frames. It compares pixels at one place, so it falls with motion
-faster than PIC does: read it beside `motion`.
+Mean over frames, like PIC, of SSIM (Wang et al., IEEE TIP 2004, eq. 13; Gaussian window of 11 pixels, sigma 1.5,
+mirrored border as in torchmetrics). SSIM compares pixels at the same position, so motion lowers it more than PIC: read
+it together with `motion`.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,44 +14,27 @@ from torchmetrics.functional.image import structural_similarity_index_measure as
 from dcbench.catalogue import MetricCard
 from dcbench.clips import resize
 from dcbench.errors import UserError
-from dcbench.metrics.per_clip import PerClipMetric, check_inputs
+from dcbench.metrics.base import ClipMetric, NoNetwork, View
 
 WINDOW = 11
 
 
-class Ssim:
-    """What computes the similarity; its identity is part of every score."""
-
-    identity = {
-        "name": f"torchmetrics SSIM, gaussian window {WINDOW}",
-        "weights_sha256": "",
-        "preprocessing": "RGB 0..255 at the clip's own size, the image resized to it",
-    }
-
-
-class SsimImage(PerClipMetric):
+class SsimImage(ClipMetric):
     """Mean SSIM of input image and frame, in [-1, 1]; a still picture scores 1."""
 
-    extractor = Ssim()
-
-    def extract(
-        self, clips: Sequence[Tensor], images: Sequence[Tensor] | None = None, prompts: Sequence[str] | None = None
-    ) -> list[dict[str, Any]]:
-        check_inputs(self.card.name, clips, images, needs=("image",))
-        assert images is not None
-        rows = []
-        for clip, image in zip(clips, images, strict=True):
-            height, width = clip.shape[-2:]
-            if min(height, width) < WINDOW:
-                raise UserError(f"{self.card.name}: frames of {height}x{width}; its window needs {WINDOW} pixels")
-            target = resize(image[None], height, width).double().expand_as(clip)
-            with torch.inference_mode():
-                found = ssim(clip.double(), target, data_range=255.0, reduction="none")
-            assert isinstance(found, Tensor)
-            rows.append({"value": float(found.mean()), "per_frame": found.tolist()})
-        return rows
+    def observe(self, view: View) -> dict[str, Any]:
+        clip, image = self.check(view.clip), view.need("image")
+        height, width = clip.shape[-2:]
+        if min(height, width) < WINDOW:
+            raise UserError(f"{self.card.name}: frames of {height}x{width}; its window needs {WINDOW} pixels")
+        target = resize(image[None], height, width).double().expand_as(clip)
+        with torch.inference_mode():
+            found = ssim(clip.double(), target, data_range=255.0, reduction="none")
+        assert isinstance(found, Tensor)
+        return {"value": float(found.mean()), "per_frame": found.tolist()}
 
 
 def build(card: MetricCard, runtime: Any) -> SsimImage:
     """Entry point of the card `ssim_image`."""
-    return SsimImage(card)
+    how = "RGB 0..255 at the clip's own size, the image resized to it"
+    return SsimImage(card, NoNetwork(f"torchmetrics SSIM, gaussian window {WINDOW}", how))

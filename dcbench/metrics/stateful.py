@@ -8,7 +8,7 @@
     pic = PerceptualInputConformity()
     pic.update(generated_clips, images=images)  # uint8 [b, 3, h, w]
 
-The runner does not need this module, whose import of torchmetrics takes ten seconds.
+Runs do not import this module, because importing torchmetrics takes ten seconds.
 """
 
 import warnings
@@ -23,14 +23,13 @@ from torchmetrics import Metric
 from dcbench.catalogue import MetricCard, find_metric, load_entry_point
 from dcbench.errors import UserError
 from dcbench.metrics import functional as fn
-from dcbench.metrics.base import ClipMetric, FeatureExtractor, Score
+from dcbench.metrics.base import ClipMetric, FeatureExtractor, Score, View, score_values
 from dcbench.metrics.distances import score_frechet, score_kernel
 from dcbench.metrics.extractors import Preprocessing, i3d_extractor
-from dcbench.metrics.per_clip import score_values
 
 
 class _SetMetric(Metric):
-    """State of a set metric: the features of every clip, in float64; gathered from all processes before `compute`."""
+    """Base of the set metrics. State: float64 features of every clip, gathered from all processes before `compute`."""
 
     higher_is_better = False
     is_differentiable = False
@@ -49,33 +48,33 @@ class _SetMetric(Metric):
 
     @property
     def extractor(self) -> FeatureExtractor:
-        """The given extractor, or the shared I3D; loaded when it is first needed."""
+        """The given extractor, or the shared I3D, loaded on first use."""
         if self._given is None:
             self._given = i3d_extractor(self._preprocessing, str(self.device))
         return self._given
 
     def update(self, clips: Tensor, real: bool) -> None:
-        """uint8 [b, t, 3, h, w]; reference clips with real=True."""
+        """Add clips, uint8 [b, t, 3, h, w]. real=True: reference clips."""
         self.update_features(self.extractor(clips), real)
-        self._update_count -= 1  # the wrapper of `update` counted it already
+        self._update_count -= 1  # torchmetrics' wrapper of `update` has counted it already
 
     def update_features(self, features: Tensor, real: bool) -> None:
-        """[b, d], as the extractor returns them."""
+        """Add features [b, d], as the extractor returns them."""
         if features.ndim != 2:
             raise ValueError(f"expected features [b, d], got {list(features.shape)}")
         state = self.real_features if real else self.generated_features
         state.append(features.detach().to(self.device, torch.float64))
-        self._computed = None  # what torchmetrics' own wrapper of `update` does
+        self._computed = None  # as torchmetrics' wrapper of `update` does
         self._update_count += 1
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
-        """One tensor a state and process, so that processes with other numbers of batches, or none, gather alike."""
+        """Join each state to one tensor, because processes may have different numbers of batches, or none."""
         self.real_features = [_join(self.real_features)]
         self.generated_features = [_join(self.generated_features)]
         super().sync(*args, **kwargs)
 
     def compute(self) -> Tensor:
-        """The distance as a float64 scalar; warns about sample sizes that make it hard to compare."""
+        """The distance as a float64 scalar. Warns if the sample sizes make it hard to compare."""
         score = self._score(interval=False)
         for message in score.warnings:
             warnings.warn(message, stacklevel=2)
@@ -92,7 +91,7 @@ class _SetMetric(Metric):
         raise NotImplementedError
 
     def _sets(self) -> tuple[Tensor, Tensor]:
-        """Both sets in an order of their own, so that neither order nor sharding can change the last digit."""
+        """Both sets in a fixed order, so that the order of clips and processes does not change any digit."""
         sets = []
         for name, state in (("reference", self.real_features), ("generated", self.generated_features)):
             features = _join(state).cpu()
@@ -103,13 +102,13 @@ class _SetMetric(Metric):
 
 
 def _join(state: list[Tensor] | Tensor) -> Tensor:
-    """The state's tensors as one; empty ones, which know no d, are left out."""
+    """The state's tensors as one. Empty ones are left out, because their d is unknown."""
     parts = [part for part in ([state] if isinstance(state, Tensor) else state) if len(part)]
     return torch.cat(parts) if parts else torch.zeros(0, 0, dtype=torch.float64)
 
 
 def _canonical_order(features: Tensor) -> Tensor:
-    """Rows sorted, then shuffled by a fixed seed: neighbours in the sorted order would make the blocks too alike."""
+    """Sort the rows, then shuffle with a fixed seed: blocks of sorted rows would be too similar to each other."""
     rows = features.tolist()
     order = torch.tensor(sorted(range(len(rows)), key=rows.__getitem__), dtype=torch.long)
     shuffle = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
@@ -121,7 +120,7 @@ class FrechetVideoDistance(_SetMetric):
 
     Args:
         extractor: a `FeatureExtractor`; None = the Kinetics-400 I3D.
-        preprocessing: of that I3D: "squash", "crop", "tf1" or "aa". Part of the number: it moves FVD by hundreds.
+        preprocessing: resize for that I3D: "squash", "crop", "tf1" or "aa". It changes FVD by hundreds.
 
     Example:
         >>> import torch
@@ -161,7 +160,7 @@ class KernelVideoDistance(_SetMetric):
 
 
 class _ClipMean(Metric):
-    """State of a per-clip metric: the value of every clip, in float64; gathered from all processes before `compute`."""
+    """Base of the per-clip metrics. State: float64 value per clip, gathered from all processes before `compute`."""
 
     higher_is_better = True
     is_differentiable = False
@@ -175,7 +174,7 @@ class _ClipMean(Metric):
 
     @property
     def metric(self) -> ClipMetric:
-        """What computes a clip's values; its network is loaded when it is first needed."""
+        """The metric that computes a clip's value. Its network is loaded on first use."""
         if self._metric is None:
             # the fields of dcbench.models.base.Runtime that metrics read
             runtime = SimpleNamespace(device=str(self.device), offline=not self._download)
@@ -185,12 +184,19 @@ class _ClipMean(Metric):
     def update(
         self, clips: Sequence[Tensor] | Tensor, images: Tensor | None = None, prompts: Sequence[str] | None = None
     ) -> None:
-        """Clips uint8 [b, t, 3, h, w], or b of [t, 3, h, w]; `images` uint8 [b, 3, h, w] or `prompts` where needed."""
-        rows = self.metric.extract(list(clips), None if images is None else list(images), prompts)
+        """Add clips, uint8 [b, t, 3, h, w] or b of [t, 3, h, w]; if needed, images, uint8 [b, 3, h, w], or prompts."""
+        inputs: dict[str, Sequence[Any] | Tensor | None] = {"image": images, "prompt": prompts}
+        needed = {name: values for name, values in inputs.items() if name in self._card.needs}
+        for name, values in needed.items():
+            count = 0 if values is None else len(values)
+            if count != len(clips):
+                raise UserError(f"{self._card.name} needs one {name} for each of the {len(clips)} clips; got {count}")
+        views = [View(clip, **{name: values[k] for name, values in needed.items()}) for k, clip in enumerate(clips)]  # type: ignore[index]
+        rows = [self.metric.observe(view) for view in views]
         self.values.append(torch.tensor([row["value"] for row in rows], dtype=torch.float64, device=self.device))
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
-        """One tensor a process, as for the set metrics."""
+        """Join the values to one tensor, as in the set metrics."""
         self.values = [self._joined()]
         super().sync(*args, **kwargs)
 
@@ -202,7 +208,7 @@ class _ClipMean(Metric):
         return torch.tensor(self._score().value, dtype=torch.float64)
 
     def compute_with_interval(self) -> Score:
-        """The mean with its 95 % interval (BCa bootstrap over clips, each taken as a video of its own)."""
+        """The mean with its 95 % interval (BCa bootstrap over clips, each as its own source video)."""
         with self.sync_context(
             dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync, should_unsync=self._should_unsync
         ):
@@ -214,12 +220,12 @@ class _ClipMean(Metric):
 
 
 class PerceptualInputConformity(_ClipMean):
-    """PIC (DynamiCrafter, arXiv 2310.12190, §4): mean over frames, the first too, of 1 - DreamSim(image, frame).
+    """PIC (DynamiCrafter, arXiv 2310.12190, §4): mean over all frames of 1 - DreamSim(image, frame).
 
     Args:
         dreamsim_type: "ensemble", "dino_vitb16", "open_clip_vitb32", "clip_vitb32" or "synclr_vitb16".
-        download: fetch weights that are not there; else they are an error that names the command.
-        metric: an own `dcbench.metrics.pic.ConformityMetric` in place of both.
+        download: fetch missing weights. If False, missing weights are an error that names the command.
+        metric: your own `dcbench.metrics.pic.ConformityMetric` instead of both.
 
     `update(clips, images=...)`.
     """

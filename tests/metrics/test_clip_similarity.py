@@ -7,6 +7,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+from observing import observed
 from torch import Tensor
 
 from dcbench.catalogue import MetricCard, find_metric, load_entry_point
@@ -53,7 +54,7 @@ def test_as_a_torchmetrics_class(tiny: dict[str, str], moving_clip: Tensor) -> N
         similarity = ClipSimilarity(kind, **tiny)  # type: ignore[arg-type]
         similarity.update(clips, **given)
         metric = metric_of(f"clip_{kind}", tiny)
-        rows = metric.extract(list(clips), list(clips[:, 2]), prompts)
+        rows = observed(metric, list(clips), list(clips[:, 2]), prompts)
         assert float(similarity.compute()) == pytest.approx(sum(row["value"] for row in rows) / 2, abs=1e-7)
 
 
@@ -76,15 +77,15 @@ def test_equals_a_direct_evaluation(tiny: dict[str, str], moving_clip: Tensor) -
         "clip_frames": [slow_cosine(frames[i], frames[i + 1]) for i in range(3)],
     }
     for name, values in expected.items():
-        row = metric_of(name, tiny).extract([clip], [image], [prompt])[0]
+        row = observed(metric_of(name, tiny), [clip], [image], [prompt])[0]
         assert row["per_frame"] == pytest.approx(values, abs=2e-6), name
         assert row["value"] == pytest.approx(sum(values) / len(values), abs=2e-6)
 
 
 def test_a_still_picture_is_perfectly_consistent_and_exactly_so(tiny: dict[str, str], moving_clip: Tensor) -> None:
     still = moving_clip[:1].repeat(5, 1, 1, 1)
-    assert metric_of("clip_frames", tiny).extract([still], None, None)[0]["value"] == 1
-    assert metric_of("clip_image", tiny).extract([still], [still[0]], None)[0]["value"] == 1
+    assert observed(metric_of("clip_frames", tiny), [still], None, None)[0]["value"] == 1
+    assert observed(metric_of("clip_image", tiny), [still], [still[0]], None)[0]["value"] == 1
 
 
 def test_one_encoder_serves_all_and_encodes_each_frame_once(
@@ -99,16 +100,16 @@ def test_one_encoder_serves_all_and_encodes_each_frame_once(
     monkeypatch.setattr(encoder.network, "encode_image", lambda x: encoded.append(len(x)) or encode(x))
     clip = moving_clip[3:7].flip(2)
     for metric in metrics:
-        metric.extract([clip], [clip[0]], ["moving"])
+        observed(metric, [clip], [clip[0]], ["moving"])
     assert sum(encoded) == 4
 
 
 def test_batches_do_not_matter(tiny: dict[str, str], moving_clip: Tensor) -> None:
     metric = metric_of("clip_frames", tiny)
     clips = [moving_clip[:3], moving_clip[5:9].flip(3)]
-    together = [row["value"] for row in metric.extract(clips, None, None)]
+    together = [row["value"] for row in observed(metric, clips, None, None)]
     metric.extractor.remembered._known.clear()  # type: ignore[attr-defined]
-    alone = [metric.extract([clip], None, None)[0]["value"] for clip in reversed(clips)][::-1]
+    alone = [observed(metric, [clip], None, None)[0]["value"] for clip in reversed(clips)][::-1]
     assert together == pytest.approx(alone, abs=1e-6)
 
 
@@ -142,8 +143,8 @@ def test_openai_archives_need_quickgelu(tiny: dict[str, str], tmp_path: Path, mo
         parent.register_parameter(last, torch.nn.Parameter(value, requires_grad=False))
     archive = tmp_path / "openai.pt"
     torch.jit.script(holder).save(str(archive))
-    ours = metric_of("clip_frames", tiny | {"checkpoint": str(archive)}).extract([moving_clip[:3]], None, None)
-    assert ours == metric_of("clip_frames", tiny).extract([moving_clip[:3]], None, None)
+    ours = observed(metric_of("clip_frames", tiny | {"checkpoint": str(archive)}), [moving_clip[:3]], None, None)
+    assert ours == observed(metric_of("clip_frames", tiny), [moving_clip[:3]], None, None)
     plain = tmp_path / "tiny-other-gelu.json"
     plain.write_text(json.dumps(TINY | {"quick_gelu": False}))
     with pytest.raises(UserError, match="QuickGELU"):
@@ -166,8 +167,10 @@ def test_errors_say_what_to_do(tiny: dict[str, str], moving_clip: Tensor, tmp_pa
     with pytest.raises(UserError, match="does not fit tiny-clip-quickgelu"):
         metric_of("clip_text", tiny | {"checkpoint": str(foreign)})
     with pytest.raises(UserError, match="needs one prompt for each of the 1 clips; got 0"):
-        metric_of("clip_text", tiny).extract([moving_clip], None, None)
+        ClipSimilarity("text", **tiny).update([moving_clip])  # type: ignore[arg-type]
     with pytest.raises(UserError, match="needs one image for each of the 1 clips; got 2"):
-        metric_of("clip_image", tiny).extract([moving_clip], [moving_clip[0]] * 2, None)
+        ClipSimilarity("image", **tiny).update([moving_clip], images=moving_clip[:2])  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="a prompt is needed"):
+        observed(metric_of("clip_text", tiny), [moving_clip])
     with pytest.raises(UserError, match="at least 2"):
-        metric_of("clip_frames", tiny).extract([moving_clip[:1]], None, None)
+        observed(metric_of("clip_frames", tiny), [moving_clip[:1]], None, None)

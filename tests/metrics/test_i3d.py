@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from dcbench.errors import UserError
+from dcbench.files import sha256_file
 from dcbench.metrics import i3d as module
 from dcbench.metrics.extractors import I3DExtractor
 from dcbench.metrics.i3d import InceptionI3d, TorchScriptI3d, load_i3d, pad_same, weights_path
-from dcbench.weights import MissingWeights, sha256_file
+from dcbench.weights import MissingWeights
 
 
 def golden_input(name: str) -> Tensor:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from observing import observed, scored
 from torch import Tensor
 
 from dcbench.catalogue import find_metric, load_entry_point
@@ -34,7 +35,7 @@ def panning(step: int, frames: int = 5, size: int = 256, seed: int = 0) -> Tenso
 @pytest.mark.parametrize("step", [1, 2, 5])
 def test_motion_of_a_translation_is_its_length(motion: ClipMetric, step: int) -> None:
     """Measured: within 3 % for 1 to 5 px."""
-    value = motion.extract([panning(step)], None, None)[0]
+    value = observed(motion, [panning(step)])[0]
     assert value["value"] == pytest.approx(step, rel=0.1)
     assert len(value["per_frame"]) == 4
 
@@ -42,26 +43,26 @@ def test_motion_of_a_translation_is_its_length(motion: ClipMetric, step: int) ->
 def test_motion_is_measured_at_one_size(motion: ClipMetric) -> None:
     small = panning(1, size=128)
     large = torch.nn.functional.interpolate(small.float(), (512, 512), mode="bilinear").round().to(torch.uint8)
-    values = [row["value"] for row in motion.extract([small, large], None, None)]
+    values = [row["value"] for row in observed(motion, [small, large])]
     assert values[0] == pytest.approx(2, rel=0.1) and values[1] == pytest.approx(values[0], rel=0.1)
 
 
 def test_a_still_picture_has_no_motion_and_no_flicker(motion: ClipMetric, warp_error: ClipMetric) -> None:
     still = panning(1)[:1].repeat(4, 1, 1, 1)
-    assert motion.extract([still], None, None)[0]["value"] == 0
-    row = warp_error.extract([still], None, None)[0]
+    assert observed(motion, [still])[0]["value"] == 0
+    row = observed(warp_error, [still])[0]
     assert row["value"] == 0 and row["flicker"] == 0 and row["visible"] == 1
 
 
 def test_constant_frames_have_no_motion(motion: ClipMetric) -> None:
-    assert motion.extract([torch.full((3, 3, 64, 64), 90, dtype=torch.uint8)], None, None)[0]["value"] == 0
+    assert observed(motion, [torch.full((3, 3, 64, 64), 90, dtype=torch.uint8)])[0]["value"] == 0
 
 
 def test_warping_explains_motion_but_not_flicker(warp_error: ClipMetric) -> None:
     moving = panning(3)
     flickering = moving.clone()
     flickering[1::2] = (flickering[1::2].float() * 0.8).to(torch.uint8)
-    calm, nervous = warp_error.extract([moving, flickering], None, None)
+    calm, nervous = observed(warp_error, [moving, flickering])
     assert calm["value"] < 1e-4 and calm["flicker"] > 0.02  # the plain difference takes motion for flicker
     assert nervous["value"] > 20 * calm["value"]
 
@@ -88,33 +89,33 @@ def test_both_metrics_share_the_flow_along_the_clip(
     clip, calls = panning(3, seed=7), []
     original = OpticalFlow.__call__
     monkeypatch.setattr(OpticalFlow, "__call__", lambda *given: calls.append(1) or original(*given))
-    together = [motion.extract([clip], None, None), warp_error.extract([clip], None, None)]
+    together = [observed(motion, [clip]), observed(warp_error, [clip])]
     assert len(calls) == 2 * (len(clip) - 1)
-    motion.extract([panning(1), panning(2)], None, None)  # forgotten by now
-    assert warp_error.extract([clip], None, None) == together[1] and motion.extract([clip], None, None) == together[0]
+    observed(motion, [panning(1), panning(2)])  # forgotten by now
+    assert observed(warp_error, [clip]) == together[1] and observed(motion, [clip]) == together[0]
 
 
 def test_order_and_batch_do_not_matter(motion: ClipMetric) -> None:
     clips = [panning(1), panning(4, seed=1), panning(2, seed=2)]
-    together = motion.extract(clips, None, None)
-    assert together == [motion.extract([clip], None, None)[0] for clip in clips]
+    together = observed(motion, clips)
+    assert together == [observed(motion, [clip])[0] for clip in clips]
 
 
 def test_bad_clips_are_refused(motion: ClipMetric, warp_error: ClipMetric) -> None:
     for metric in (motion, warp_error):
         with pytest.raises(UserError, match="a clip needs at least 2"):
-            metric.extract([panning(1)[:1]], None, None)
+            observed(metric, [panning(1)[:1]])
         with pytest.raises(ValueError, match=r"expected uint8 \[t, 3, h, w\]"):
-            metric.extract([panning(1).float()], None, None)
+            observed(metric, [panning(1).float()])
 
 
 def test_score_is_the_mean_with_an_interval(motion: ClipMetric) -> None:
     rows = [{"value": float(v), "top5": 2.0 * v, "per_frame": [float(v)] * 2} for v in range(10)]
-    score = motion.score(rows, [str(i) for i in range(10)])
+    score = scored(motion, rows, [str(i) for i in range(10)])
     assert score.value == 4.5 and score.n_generated == 10 and score.details["top5"] == 9.0
     assert score.ci95 and score.ci95[0] < 4.5 < score.ci95[1] and "BCa" in score.ci_method
-    assert motion.score(rows[:2], None).ci95 is None
+    assert scored(motion, rows[:2], None).ci95 is None
     with pytest.raises(UserError, match="the value of clip 1 is nan"):
-        motion.score([{"value": 1.0}, {"value": float("nan")}], None)
+        scored(motion, [{"value": 1.0}, {"value": float("nan")}], None)
     with pytest.raises(UserError, match="no clips"):
-        motion.score([], None)
+        scored(motion, [], None)

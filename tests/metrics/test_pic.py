@@ -11,6 +11,7 @@ import pytest
 import torch
 from dreamsim import model as package
 from dreamsim.feature_extraction.vision_transformer import DINOHead, vit_base
+from observing import observed, scored
 from torch import Tensor
 
 from dcbench.catalogue import find_metric, load_entry_point
@@ -71,7 +72,7 @@ def test_equals_the_papers_equation(metric: ConformityMetric, stored: Path, movi
     """Measured: 2e-7."""
     image, clip = moving_clip[0], moving_clip[:5]
     expected = direct(stored, "open_clip_vitb32", image, clip)
-    row = metric.extract([clip], [image])[0]
+    row = observed(metric, [clip], [image])[0]
     assert row["per_frame"] == pytest.approx(expected, abs=2e-6)
     assert row["value"] == pytest.approx(sum(expected) / 5, abs=2e-6)
     assert row["without_first"] == pytest.approx(sum(expected[1:]) / 4, abs=2e-6)
@@ -85,7 +86,7 @@ def test_as_a_torchmetrics_class(metric: ConformityMetric, moving_clip: Tensor) 
     mean = PerceptualInputConformity(metric=metric)
     mean.update(clips[:1], images=images[:1])
     mean.update(clips[1:], images=images[1:])
-    expected = metric.score(metric.extract(list(clips), list(images)))
+    expected = scored(metric, observed(metric, list(clips), list(images)))
     found = mean.compute_with_interval()
     assert float(mean.compute()) == found.value == pytest.approx(expected.value, abs=1e-12)
     assert found.n_generated == 3 and found.ci95 is not None
@@ -101,24 +102,24 @@ def test_the_class_says_how_to_get_its_weights(moving_clip: Tensor) -> None:
 
 def test_identical_frames_give_exactly_one(metric: ConformityMetric, moving_clip: Tensor) -> None:
     image = moving_clip[3]
-    row = metric.extract([image.repeat(6, 1, 1, 1)], [image])[0]
+    row = observed(metric, [image.repeat(6, 1, 1, 1)], [image])[0]
     assert row["value"] == 1 and row["without_first"] == 1 and row["per_frame"] == [1.0] * 6
 
 
 def test_the_image_is_the_first_argument(metric: ConformityMetric, moving_clip: Tensor) -> None:
     """Swapping two images between two clips must change both values."""
     clips = [moving_clip[:2], moving_clip[:2].flip(3)]
-    right = metric.extract(clips, [clip[0] for clip in clips])
-    wrong = metric.extract(clips, [clips[1][0], clips[0][0]])
+    right = observed(metric, clips, [clip[0] for clip in clips])
+    wrong = observed(metric, clips, [clips[1][0], clips[0][0]])
     assert all(r["value"] > w["value"] for r, w in zip(right, wrong, strict=True))
 
 
 def test_batches_and_neighbours_do_not_matter(metric: ConformityMetric, moving_clip: Tensor) -> None:
     clips = [moving_clip[:2], moving_clip[4:7].flip(2)]
     images = [moving_clip[0], moving_clip[9]]
-    together = metric.extract(clips, images)
+    together = observed(metric, clips, images)
     metric.extractor.remembered._known.clear()
-    alone = [metric.extract([clip], [image])[0] for clip, image in zip(clips[::-1], images[::-1], strict=True)][::-1]
+    alone = [observed(metric, [clip], [image])[0] for clip, image in zip(clips[::-1], images[::-1], strict=True)][::-1]
     for one, other in zip(together, alone, strict=True):
         assert one["per_frame"] == pytest.approx(other["per_frame"], abs=1e-6)
 
@@ -129,7 +130,7 @@ def test_one_embedding_a_picture(
     embedded: list[int] = []
     embed: Callable[[Tensor], Tensor] = metric.extractor.network.embed
     monkeypatch.setattr(metric.extractor.network, "embed", lambda x: embedded.append(len(x)) or embed(x))
-    metric.extract([moving_clip[10:14].flip(3)], [moving_clip[1].flip(1)])
+    observed(metric, [moving_clip[10:14].flip(3)], [moving_clip[1].flip(1)])
     assert embedded == [5]
 
 
@@ -174,7 +175,7 @@ def test_the_ensemble_runs_without_torch_hub(tmp_path: Path, moving_clip: Tensor
     with pic._kept_local(tmp_path / "dino.pth"):
         store_lora(tmp_path, "ensemble", "ensemble")
     metric = ConformityMetric(find_metric("pic"), DreamSimEmbedder("ensemble", tmp_path, tmp_path / "dino.pth"))
-    row = metric.extract([moving_clip[:3]], [moving_clip[0]])[0]
+    row = observed(metric, [moving_clip[:3]], [moving_clip[0]])[0]
     with pic._kept_local(tmp_path / "dino.pth"):
         expected = direct(tmp_path, "ensemble", moving_clip[0], moving_clip[:3])
     assert row["per_frame"] == pytest.approx(expected, abs=2e-6) and row["per_frame"][0] == 1
@@ -231,7 +232,7 @@ def test_damaged_weights_are_named(stored: Path, tmp_path: Path) -> None:
 
 
 def test_a_missing_image_is_an_error(metric: ConformityMetric, moving_clip: Tensor) -> None:
-    with pytest.raises(UserError, match="PIC needs one image for each of the 1 clips; got 0"):
-        metric.extract([moving_clip], None)
-    with pytest.raises(ValueError, match=r"PIC: clip: got uint8 \[16, 1, 64, 80\]"):
-        metric.extract([moving_clip[:, :1]], [moving_clip[0]])
+    with pytest.raises(UserError, match="the input image is needed"):
+        observed(metric, [moving_clip], None)
+    with pytest.raises(ValueError, match=r"pic: clip: got uint8 \[16, 1, 64, 80\]"):
+        observed(metric, [moving_clip[:, :1]], [moving_clip[0]])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from observing import observed
 from torch import Tensor
 
 from dcbench.catalogue import find_metric, load_entry_point
@@ -38,7 +39,7 @@ def test_it_is_the_published_formula(metric: ClipMetric) -> None:
     image, clip = noise(3, 24, 31), noise(4, 3, 24, 31, seed=1)
     clip[1] = image
     clip[2] = (0.7 * image.float() + 0.3 * clip[2].float()).to(torch.uint8)
-    row = metric.extract([clip], [image], None)[0]
+    row = observed(metric, [clip], [image], None)[0]
     assert row["per_frame"] == pytest.approx([by_formula(frame, image) for frame in clip], abs=1e-12)  # 2e-16 measured
     assert row["value"] == pytest.approx(sum(row["per_frame"]) / 4)
 
@@ -47,18 +48,18 @@ def test_a_still_picture_scores_one_and_a_moving_one_less(metric: ClipMetric) ->
     image = noise(3, 16, 16)
     still = image.expand(5, -1, -1, -1)
     moving = torch.stack([image.roll(i, -1) for i in range(5)])
-    values = [row["value"] for row in metric.extract([still, moving], [image, image], None)]
+    values = [row["value"] for row in observed(metric, [still, moving], [image, image], None)]
     assert values[0] == pytest.approx(1, abs=1e-6) and values[1] < 0.5
 
 
 def test_an_image_of_another_size_is_fitted_to_the_clip(metric: ClipMetric) -> None:
     clip = torch.full((2, 3, 16, 16), 90, dtype=torch.uint8)
-    row = metric.extract([clip], [torch.full((3, 40, 60), 90, dtype=torch.uint8)], None)[0]
+    row = observed(metric, [clip], [torch.full((3, 40, 60), 90, dtype=torch.uint8)], None)[0]
     assert row["value"] == pytest.approx(1, abs=1e-6)
 
 
 def test_what_it_refuses(metric: ClipMetric) -> None:
-    with pytest.raises(UserError, match="needs one image for each of the 1 clips"):
-        metric.extract([noise(2, 3, 16, 16)], None, None)
+    with pytest.raises(UserError, match="the input image is needed"):
+        observed(metric, [noise(2, 3, 16, 16)], None, None)
     with pytest.raises(UserError, match="frames of 8x16; its window needs 11 pixels"):
-        metric.extract([noise(2, 3, 8, 16)], [noise(3, 8, 16)], None)
+        observed(metric, [noise(2, 3, 8, 16)], [noise(3, 8, 16)], None)

@@ -111,7 +111,7 @@ def test_jedi_is_its_published_definition() -> None:
     x, y = real.double(), made.double()
     slow = ((x @ x.T / 6) ** 2).mean() + ((y @ y.T / 6) ** 2).mean() - 2 * ((x @ y.T / 6) ** 2).mean()
     assert score.value == pytest.approx(100 * float(slow), rel=1e-9)
-    assert score.ci95 and score.ci95[0] < score.value < score.ci95[1]
+    assert score.value is not None and score.ci95 and score.ci95[0] < score.value < score.ci95[1]
     assert score.details["kernel"] == "(x·y/d + 0)^2"
     assert score_jedi(real, real).value == pytest.approx(0, abs=1e-9)
     assert fn.kernel_distance(real, made) != score.value

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dcbench.analysis.statistics import compare_paired, compare_sets, holm, permutation_p
 from dcbench.errors import UserError
 from dcbench.metrics import functional as fn
+from dcbench.metrics.statistics import compare_paired, compare_sets, holm
 
 
 def test_paired_test_holds_its_level_and_its_interval_covers() -> None:
@@ -106,12 +106,3 @@ def test_holm_is_the_published_procedure() -> None:
         {"a": 0.03, "b": 0.06, "c": 0.06, "d": 0.02}
     )
     assert holm({"a": 0.9, "b": 0.8}) == {"a": 1.0, "b": 1.0} and holm({}) == {}
-
-
-def test_permutation_test_of_any_distance() -> None:
-    assert permutation_p(fn.frechet_distance, features(40, 0), features(40, 1, 0.8), 99) == pytest.approx(0.01)
-    low = sum(
-        permutation_p(fn.frechet_distance, features(12, 2 * t), features(12, 2 * t + 1), 19, seed=t) <= 0.05
-        for t in range(100)
-    )
-    assert low <= 12

@@ -1,7 +1,7 @@
-"""Comparing two models: paired differences with intervals, significance tests, and their correction for many metrics.
+"""Compares two models: paired differences with intervals, significance tests, and a correction for many metrics.
 
-Two models are compared on the same clips only (one manifest): the difference of a clip's two values is what varies, and
-clips cut from one source video count as one observation.
+Both models must have the same clips (one manifest). The tests use the difference of a clip's two values. Clips of one
+source video count as one observation.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -41,7 +41,7 @@ def compare_paired(
 ) -> Comparison:
     """Mean of first - second with a BCa bootstrap interval and a two-sided sign-flip test, both over source videos.
 
-    The test swaps the two models' names within each source video: all 2ⁿ swaps for few videos, else 9999 random ones.
+    The test swaps the two models within source videos: all 2ⁿ swaps for few videos, else 9999 random ones.
     """
     if len(first) != len(second):
         raise UserError(f"a paired comparison needs the same clips on both sides, got {len(first)} and {len(second)}")
@@ -82,9 +82,9 @@ def compare_sets(
 ) -> Comparison:
     """Difference of a set metric (`frechet_distance`, `kernel_distance`) of two models against the same references.
 
-    The interval is the delete-a-block jackknife of the difference: one block leaves reference, A and B at once, so what
-    the three share cancels, and so does most of the bias of FVD. The p value swaps A's and B's features of a source
-    video at random; it is exact for 'both models make clips of one distribution'. [n d], [m d], [m d].
+    Shapes: [n d], [m d], [m d]. The interval is a delete-a-block jackknife of the difference: each block is removed
+    from reference, A and B at once, so shared variation and most of FVD's bias cancel. The p value comes from random
+    swaps of A's and B's features of a source video. It is exact for 'both models make clips of one distribution'.
     """
     if first.shape != second.shape:
         raise UserError(f"two models are compared on the same clips: got {list(first.shape)} and {list(second.shape)}")
@@ -115,22 +115,10 @@ def compare_sets(
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Holm's step-down adjustment (1979): reject at 5 % what is at most 0.05 after it, whatever the metrics share."""
+    """p values after Holm's step-down adjustment (1979): reject those up to 0.05. The metrics may be dependent."""
     adjusted, highest = {}, 0.0
     ordered = sorted(p_values.items(), key=lambda item: item[1])
     for rank, (name, p) in enumerate(ordered):
         highest = max(highest, min(1.0, (len(ordered) - rank) * p))
         adjusted[name] = highest
     return {name: adjusted[name] for name in p_values}
-
-
-def permutation_p(statistic: Statistic, first: Tensor, second: Tensor, permutations: int = 199, seed: int = 0) -> float:
-    """p of 'both sets come from one distribution' for any distance that grows with the difference; valid at any N."""
-    pooled, count = torch.cat([first, second]), len(first)
-    observed = statistic(first, second)
-    generator = torch.Generator().manual_seed(seed)
-    extreme = 1
-    for _ in range(permutations):
-        order = torch.randperm(len(pooled), generator=generator)
-        extreme += statistic(pooled[order[:count]], pooled[order[count:]]) >= observed * (1 - 1e-12)
-    return extreme / (permutations + 1)

@@ -1,27 +1,34 @@
-"""What a clip of the shapes world shows, read from its pixels alone: background, colour, shape and motion.
+"""Reads background, colour, shape and motion of a shapes-world clip from its pixels.
 
-An analytic judge: no network, no training. On the world's own clips it is right in (practically) every case, which
-tests/analysis/test_judge.py measures; a generated clip is judged by the same code.
+The judge is analytic: no network, no training. It is right on practically every clip of the world itself
+(tests/metrics/test_judge.py measures this). Generated clips are judged by the same code.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dcbench.clips import check_clip
-from dcbench.datasets.shapes import BACKGROUNDS, COLOURS, GROWTH, MOTIONS, SHAPES, TRAVEL, Scene, coverage
+from dcbench.catalogue import MetricCard
+from dcbench.clips import check_clip, resize
+from dcbench.errors import UserError
+from dcbench.metrics.base import ClipMetric, Observations, View
+from dcbench.metrics.statistics import wilson
+from dcbench.record import Score
+from dcbench.shapes import BACKGROUNDS, COLOURS, GROWTH, MOTIONS, SHAPES, TRAVEL, coverage
 
+SIZE = 64  # pixels per side; clips are resized to it
 ASPECTS = ("background", "colour", "shape", "motion")
-VISIBLE = 0.01  # share of the frame that an object covers at least
-PRESENT = 0.9  # share of the frames that must show it
+VISIBLE = 0.01  # an object must cover at least this share of a frame
+PRESENT = 0.9  # in at least this share of the frames
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a clip shows; "none" where there is nothing to name."""
+    """What a clip shows. "none" if no object is found."""
 
     background: str
     colour: str
@@ -29,10 +36,7 @@ class Verdict:
     motion: str
     background_error: float  # grey levels between the frame's border and the nearest named background
     colour_error: float
-    travel: tuple[float, float, float]  # (x, y, growth) measured, as shares of what the world's motions do
-
-    def agrees(self, scene: Scene) -> dict[str, bool]:
-        return {aspect: getattr(self, aspect) == getattr(scene, aspect) for aspect in ASPECTS}
+    travel: tuple[float, float, float]  # measured (x, y, growth), in units of TRAVEL and GROWTH
 
 
 def judge(clip: Tensor, fps: float) -> Verdict:
@@ -43,7 +47,7 @@ def judge(clip: Tensor, fps: float) -> Verdict:
     distance = (x - back[:, None, None]).square().sum(1).sqrt()  # t h w
     peak = distance.flatten().topk(max(1, distance.numel() // 200)).values.median()
     nothing = Verdict(background, "none", "none", "none", background_error, math.inf, (0.0, 0.0, 0.0))
-    if peak < 40:  # the palette's nearest pair is 60 apart
+    if peak < 40:  # object and background colours are at least 60 apart
         return nothing
     core = distance > 0.8 * peak
     front = x.permute(1, 0, 2, 3)[:, core].median(1).values
@@ -82,7 +86,7 @@ def moments(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def name_motion(place: Tensor, radius: Tensor, present: Tensor, fps: float) -> tuple[str, tuple[float, float, float]]:
-    """The motion whose rates of (x, y, log radius), by least squares, are nearest; in shares of the world's rates."""
+    """The nearest motion, and the least-squares rates of (x, y, log radius) in units of TRAVEL and GROWTH."""
     seconds = torch.arange(len(place))[present] / fps
     values = torch.cat([place / TRAVEL, (radius.clamp(min=1e-6).log() / GROWTH)[:, None]], 1)[present]
     centred = seconds - seconds.mean()
@@ -94,7 +98,7 @@ def name_motion(place: Tensor, radius: Tensor, present: Tensor, fps: float) -> t
 
 
 def name_shape(mask: Tensor, place: Tensor, present: Tensor) -> str:
-    """The shape that, drawn with this centroid and area, differs least from the mask over the frames that show it."""
+    """Draw each shape with the mask's centroid and area; return the shape that differs least from the mask."""
     size = mask.shape[-1]
     edge = torch.stack([mask[:, 0], mask[:, -1], mask[:, :, 0], mask[:, :, -1]]).amax((0, 2)) > 0.3
     use = present & ~edge if bool((present & ~edge).any()) else present
@@ -108,8 +112,50 @@ def name_shape(mask: Tensor, place: Tensor, present: Tensor) -> str:
     return min(errors, key=errors.__getitem__)
 
 
-def score(clips: Sequence[Tensor], scenes: Sequence[Scene], fps: float) -> dict[str, float]:
-    """Share of clips that show what their scene says, for each aspect and for all of them together."""
-    found = [judge(clip, fps).agrees(scene) for clip, scene in zip(clips, scenes, strict=True)]
-    shares = {aspect: sum(row[aspect] for row in found) / len(found) for aspect in ASPECTS}
-    return {**shares, "all": sum(all(row.values()) for row in found) / len(found)}
+class Judge:
+    """The judge as an extractor. The last verdict is cached, because several metrics use one clip."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Tensor, float, Verdict] | None = None
+
+    @property
+    def identity(self) -> dict[str, str]:
+        how = f"resize to {SIZE}x{SIZE}"
+        return {"name": "analytic judge of the shapes world", "weights_sha256": "", "preprocessing": how}
+
+    def __call__(self, clip: Tensor, fps: float) -> Verdict:
+        if self._last is None or self._last[0] is not clip or self._last[1] != fps:
+            self._last = (clip, fps, judge(resize(clip, SIZE, SIZE), fps))
+        return self._last[2]
+
+
+class JudgeMetric(ClipMetric):
+    """1 if a clip shows what its scene describes, else 0. The score is the share of right clips."""
+
+    extractor: Judge
+
+    def observe(self, view: View) -> dict[str, Any]:
+        """-> {"value": 1.0 or 0.0, "shown": what the clip shows}."""
+        verdict, truth = self.extractor(self.check(view.clip), view.need("fps")), view.need("truth")
+        aspects = ASPECTS if self.card.options["aspect"] == "all" else (self.card.options["aspect"],)
+        shown = [getattr(verdict, aspect) for aspect in aspects]
+        right = all(word == truth.get(aspect) for word, aspect in zip(shown, aspects, strict=True))
+        return {"value": float(right), "shown": " ".join(shown)}
+
+    def score(self, seen: Observations) -> Score:
+        hits, count = sum(row["value"] == 1 for row in seen.generated), len(seen.generated)
+        share, interval = wilson(hits, count)
+        return Score(value=share, ci95=interval, ci_method="Wilson interval", n_generated=count)
+
+
+@cache
+def _shared() -> Judge:
+    return Judge()
+
+
+def build(card: MetricCard, runtime: Any) -> JudgeMetric:
+    """Entry point of the cards `judge_*`; options: aspect."""
+    aspect = card.options.get("aspect")
+    if aspect not in (*ASPECTS, "all"):
+        raise UserError(f'{card.name}: options.aspect is "{aspect}"; allowed: {", ".join(ASPECTS)}, all')
+    return JudgeMetric(card, _shared())

@@ -5,8 +5,12 @@ import random
 import pytest
 import torch
 
-from dcbench.analysis.judge import ASPECTS, judge, score
-from dcbench.datasets.shapes import MOTIONS, Shapes, ShapesVideo
+from dcbench.catalogue import find_metric, load_entry_point
+from dcbench.datasets.shapes import Shapes, ShapesVideo
+from dcbench.metrics import Observations, View
+from dcbench.metrics.judge import ASPECTS, judge
+from dcbench.models.base import Runtime
+from dcbench.shapes import MOTIONS
 
 
 def clips_and_scenes(size, stride, count):
@@ -17,6 +21,17 @@ def clips_and_scenes(size, stride, count):
         start = rng.randrange(48 - 15 * stride)
         clips.append(video.read(range(start, start + 15 * stride + 1, stride)))
     return clips, [video.scene for video in videos if isinstance(video, ShapesVideo)]
+
+
+def score(clips, scenes, fps):
+    """The five metrics' values, by aspect."""
+    cards = {aspect: find_metric(f"judge_{aspect}") for aspect in (*ASPECTS, "all")}
+    metrics = {aspect: load_entry_point(card)(card, Runtime()) for aspect, card in cards.items()}
+    rows = []
+    for clip, scene in zip(clips, scenes, strict=True):  # clip by clip: a clip is judged once for all of them
+        view = View(clip, fps=fps, truth=vars(scene))
+        rows.append({aspect: metric.observe(view) for aspect, metric in metrics.items()})
+    return {aspect: metrics[aspect].score(Observations([row[aspect] for row in rows])).value for aspect in metrics}
 
 
 @pytest.mark.parametrize(("size", "stride"), [(32, 1), (32, 3), (64, 3)])
