@@ -1,4 +1,4 @@
-"""Several models on several datasets: which runs they are, one after the other, and one report of all."""
+"""A grid: runs of several models on several datasets, one after the other, and one report of all."""
 
 import sys
 from collections import Counter
@@ -6,16 +6,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dcbench import planning
-from dcbench import run as runner
 from dcbench.catalogue import find_dataset, find_model
 from dcbench.errors import UserError, near_match
-from dcbench.record import digest
+from dcbench.files import digest
+from dcbench.ranks import rank
+from dcbench.runs.run import Options, Run
+from dcbench.runs.sampling import sample
+from dcbench.runs.scoring import choose_metrics, score
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of the grid, as the command line would name it."""
+    """One run of the grid, with the values of its command-line options."""
 
     model: str
     dataset: str
@@ -32,17 +34,17 @@ def cells(
     out: Path | None,
     manifest: Path | None,
 ) -> list[Cell]:
-    """Every model on every dataset, dataset by dataset.
+    """The runs of every model on every dataset, one dataset after the other. UserError for options that do not fit.
 
     `data`: one folder, or NAME=DIR for each dataset. `settings`: key=value for every model, MODEL:key=value for one.
     """
     if manifest and len(datasets) > 1:
-        raise UserError("--manifest names the clips of one dataset; give one --dataset with it")
+        raise UserError("--manifest lists the clips of one dataset; give only one --dataset with it")
     names = {"model": [find_model(name).name for name in models], "dataset": [find_dataset(n).name for n in datasets]}
     for kind, found in names.items():
         twice = [name for name, count in Counter(found).items() if count > 1]
         if twice:
-            raise UserError(f"--{kind} {twice[0]} is given twice; a grid has each {kind} once")
+            raise UserError(f"--{kind} {twice[0]} is given twice; give each {kind} once")
     roots = _roots(data, datasets)
     single = len(models) == len(datasets) == 1
     return [
@@ -59,7 +61,7 @@ def cells(
 
 
 def _roots(data: Sequence[str], datasets: Sequence[str]) -> dict[str, Path | None]:
-    """The folder of each dataset."""
+    """The folder of each dataset; None if --data does not give it."""
     roots: dict[str, Path | None] = dict.fromkeys(datasets)
     for text in data:
         name, equals, path = text.partition("=")
@@ -67,7 +69,7 @@ def _roots(data: Sequence[str], datasets: Sequence[str]) -> dict[str, Path | Non
             roots[name] = Path(path)
         elif len(data) > 1 or (len(datasets) > 1 and sum(find_dataset(d).needs_files for d in datasets) > 1):
             raise UserError(
-                f"--data {text}: with several datasets give --data NAME=DIR for each, NAME being one of "
+                f"--data {text}: with several datasets give --data NAME=DIR for each; NAME is one of "
                 f"{', '.join(datasets)}.{near_match(name, datasets)}"
             )
         else:
@@ -76,54 +78,52 @@ def _roots(data: Sequence[str], datasets: Sequence[str]) -> dict[str, Path | Non
 
 
 def _settings_of(model: str, models: Sequence[str], settings: Sequence[str]) -> tuple[str, ...]:
-    """The settings that concern one model of the grid."""
+    """The settings for one model of the grid, without the prefix MODEL:."""
     mine = []
     for setting in settings:
         key, equals, value = setting.partition("=")
         name, colon, rest = key.rpartition(":")
         if colon and name not in models:
             raise UserError(
-                f"--set {setting}: {name!r} is no model of this grid ({', '.join(models)}).{near_match(name, models)}"
+                f"--set {setting}: {name!r} is not in this grid ({', '.join(models)}).{near_match(name, models)}"
             )
         if not colon or name == model:
             mine.append(f"{rest}{equals}{value}")
     return tuple(mine)
 
 
-def run(
-    jobs: Sequence[planning.Job], options: runner.Options, metrics: Sequence[str] | None
-) -> tuple[list[Path], list[str]]:
-    """Sample and score every job. In a grid, one that fails does not keep the others from running.
+def run_all(runs: Sequence[Run], options: Options, metrics: Sequence[str] | None) -> tuple[list[Path], list[str]]:
+    """Sample and score every run. If a run of a grid fails, the others continue. A single run raises its UserError.
 
-    Returns the directories of those that finished, and what was wrong with the others.
+    Returns the directories of the finished runs, and an error message for each of the others.
     """
-    runner.check_metrics(metrics)
+    choose_metrics(metrics)  # before the first clip is made, so that an unknown name fails early
     failed: list[str] = []
 
-    def each(jobs: Sequence[planning.Job], what: str, step: Callable[[planning.Job], object]) -> list[planning.Job]:
+    def each(runs: Sequence[Run], what: str, step: Callable[[Run], object]) -> list[Run]:
         done = []
-        for number, job in enumerate(jobs, start=1):
-            name = f"{job.model.name} on {job.plan.dataset['name']}"
-            if len(jobs) > 1 and runner.rank() == 0:
-                print(f"[{number}/{len(jobs)}] {what} {name}", file=sys.stderr, flush=True)
+        for number, run in enumerate(runs, start=1):
+            name = f"{run.name} on {run.plan.dataset['name']}"
+            if len(runs) > 1 and rank() == 0:
+                print(f"[{number}/{len(runs)}] {what} {name}", file=sys.stderr, flush=True)
             try:
-                step(job)
-                done.append(job)
+                step(run)
+                done.append(run)
             except UserError as error:
                 if single:
                     raise
                 failed.append(f"{name}: {error}")
         return done
 
-    single = len(jobs) == 1
-    # all clips first: the networks of the metrics are not in memory when a model's memory is measured
-    sampled = each(jobs, "generating", lambda job: runner.sample(job, options))
-    scored = each(sampled, "scoring", lambda job: runner.score(job, options, metrics))
-    return [job.directory.path for job in scored], failed
+    single = len(runs) == 1
+    # all runs are sampled first: while a model's memory is measured, no network of a metric is in memory
+    sampled = each(runs, "generating", lambda run: sample(run, options))
+    scored = each(sampled, "scoring", lambda run: score(run, options, metrics))
+    return [run.directory.path for run in scored], failed
 
 
 def report_folder(finished: Sequence[Path], out: Path | None) -> Path:
-    """Where the report of these runs goes: with the run, or beside the runs of a grid."""
+    """The folder of the report: in the directory of a single run, or next to the runs of a grid."""
     if len(finished) == 1:
         return finished[0] / "report"
     if out:

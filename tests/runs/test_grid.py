@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from dcbench import grid, video
+from dcbench import video
 from dcbench.cli import main
 from dcbench.errors import UserError
 from dcbench.record import read_cost, read_record
+from dcbench.runs import grid
 
 GREY = torch.full((1, 3, 48, 48), 128, dtype=torch.uint8)
 

@@ -1,4 +1,4 @@
-"""A run's directory: its files, its lock, and what of it is already done. No torch here."""
+"""The directory of a run: its files, its lock, and its finished clips. Does not import torch."""
 
 import contextlib
 import json
@@ -11,33 +11,36 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from dcbench.errors import UserError
-from dcbench.record import canonical, read_jsonl, write_text
+from dcbench.files import canonical, read_jsonl, write_text
 
 
 class RunDirectory:
-    """`plan.json manifest.jsonl clips/ samples.jsonl per_clip.jsonl record.json cost.json report/`"""
+    """`plan.json request.json manifest.jsonl clips/ samples.jsonl per_clip.jsonl record.json cost.json report/`"""
 
     def __init__(self, path: Path):
         self.path = path
         self.plan = path / "plan.json"
+        self.request = path / "request.json"
         self.manifest = path / "manifest.jsonl"
+        self.folder = path / "generated.jsonl"  # only for two folders: the frames of the generated videos
         self.samples = path / "samples.jsonl"
         self.per_clip = path / "per_clip.jsonl"
         self.record = path / "record.json"
         self.cost = path / "cost.json"
         self.report = path / "report"
+        self._read: tuple[Any, dict[str, dict[str, Any]]] = (None, {})  # of samples.jsonl: time and size, rows
 
     def clip(self, clip_id: str) -> Path:
         return self.path / "clips" / f"{clip_id}.mkv"
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the directory; a second process is told who holds it."""
+        """Lock the directory. UserError if it cannot be written, or if another process has locked it."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
-                f"cannot make the run directory {self.path}: {error.strerror}. Choose another: --out DIR"
+                f"cannot create the run directory {self.path}: {error.strerror}. Choose another: --out DIR"
             ) from error
         lock = FileLock(self.path / ".lock")
         owner = self.path / ".owner"
@@ -57,15 +60,32 @@ class RunDirectory:
             owner.unlink(missing_ok=True)
             lock.release()
 
+    def remembered(self) -> dict[str, Any]:
+        """The request that the run was started with; {} if there is none."""
+        rows = read_jsonl(self.request) if self.request.is_file() else []
+        return rows[0] if rows else {}
+
     def finished_samples(self) -> dict[str, dict[str, Any]]:
-        """The sample line of each clip whose file is here. The last line of a clip counts."""
+        """The line in samples.jsonl of each clip whose file exists, by clip id. The last line of a clip counts."""
+        return {clip_id: row for clip_id, row in self._rows().items() if self.clip(clip_id).is_file()}
+
+    def finished_sample(self, clip_id: str) -> dict[str, Any] | None:
+        """The line in samples.jsonl of one clip. None if it has no line or no file."""
+        return self._rows().get(clip_id) if self.clip(clip_id).is_file() else None
+
+    def _rows(self) -> dict[str, dict[str, Any]]:
+        """Lines of samples.jsonl by clip id. The file is parsed again only if it has changed."""
         if not self.samples.is_file():
             return {}
-        rows = {row["id"]: row for row in read_jsonl(self.samples, tolerate_torn_end=True) if "id" in row}
-        return {clip_id: row for clip_id, row in rows.items() if self.clip(clip_id).is_file()}
+        status = self.samples.stat()
+        now = status.st_mtime_ns, status.st_size
+        if self._read[0] != now:
+            rows = read_jsonl(self.samples, tolerate_torn_end=True)
+            self._read = now, {row["id"]: row for row in rows if "id" in row}
+        return self._read[1]
 
     def mend(self) -> None:
-        """After a crash: remove half-written files and a torn last line, which the next would continue."""
+        """After a crash, remove incomplete files and an incomplete last line: a new line would be appended to it."""
         for leftover in [*(self.path / "clips").glob(".*"), *self.path.glob(".*.json*-*")]:
             leftover.unlink(missing_ok=True)
         if self.samples.is_file():
@@ -74,7 +94,7 @@ class RunDirectory:
                 write_text(self.samples, text[: text.rfind("\n") + 1])
 
     def append_sample(self, row: dict[str, Any]) -> None:
-        """Add one line; safe when several ranks of one run write."""
+        """Append one line to samples.jsonl. Several ranks of a run may do this at the same time."""
         with FileLock(self.path / ".samples.lock"), self.samples.open("a", encoding="utf-8") as file:
             file.write(canonical(row) + "\n")
             file.flush()

@@ -14,25 +14,27 @@ from pathlib import Path
 import pytest
 import torch
 
-from dcbench import planning, record, run, scoring, video
+from dcbench import record, video
 from dcbench.catalogue import find_dataset, find_model, with_overrides
 from dcbench.datasets.base import VideoError
 from dcbench.errors import UserError
 from dcbench.models.base import Request
 from dcbench.protocol import find_protocol
-from dcbench.rundir import RunDirectory
+from dcbench.runs import planning, sampling, scoring
+from dcbench.runs.directory import RunDirectory
+from dcbench.runs.run import Options, Run
 
-QUIET = run.Options(device="cpu", quiet=True)
+QUIET = Options(device="cpu", quiet=True)
 
 
-def make_job(out: Path, model: str = "zoom", limit: int = 4, seed: int = 123, **protocol) -> planning.Job:
+def make_job(out: Path, model: str = "zoom", limit: int = 4, seed: int = 123, **protocol) -> Run:
     chosen = find_protocol("smoke").model_copy(update={"height": 32, "width": 32, "datasets": {}, **protocol})
     return planning.plan(find_model(model), find_dataset("shapes"), chosen, out=out, limit=limit, seed=seed, quiet=True)
 
 
-def finish(job: planning.Job, metric: str, options: run.Options = QUIET) -> record.Record:
-    run.sample(job, options)
-    return run.score(job, options, [metric])
+def finish(job: Run, metric: str, options: Options = QUIET) -> record.Record:
+    sampling.sample(job, options)
+    return scoring.score(job, options, [metric])
 
 
 def kept(path: Path) -> dict[str, bytes]:
@@ -77,8 +79,8 @@ def test_a_clip_depends_neither_on_order_nor_batch_nor_limit(tmp_path, cheap_met
     finish(make_job(tmp_path / "b", "noise", limit=6), cheap_metric, replace(QUIET, batch_size=4))
     assert kept(tmp_path / "a") == kept(tmp_path / "b")
     job = make_job(tmp_path / "c", "noise", limit=3)
-    job.manifest.reverse()
-    run.sample(job, QUIET)
+    job.cases.reverse()
+    sampling.sample(job, QUIET)
     for path in (tmp_path / "c" / "clips").iterdir():
         assert path.read_bytes() == (tmp_path / "a" / "clips" / path.name).read_bytes()
 
@@ -91,7 +93,7 @@ def test_a_torn_line_a_lost_clip_and_leftovers_are_mended(tmp_path, cheap_metric
     samples.write_text(samples.read_text()[:-20])  # killed while writing the last line
     (tmp_path / "run" / "clips" / ".test-000001-abcd1234.mkv").touch()  # and while writing a clip
     (tmp_path / "run" / ".record.json-abcd1234").touch()
-    job.directory.clip(job.manifest[0].id).unlink()
+    job.directory.clip(job.cases[0].id).unlink()
     (tmp_path / "run" / "record.json").unlink()
     finish(make_job(tmp_path / "run"), cheap_metric)
     assert kept(tmp_path / "run") == before
@@ -100,10 +102,10 @@ def test_a_torn_line_a_lost_clip_and_leftovers_are_mended(tmp_path, cheap_metric
 
 def test_a_changed_clip_is_named(tmp_path, cheap_metric):
     job = make_job(tmp_path / "run")
-    run.sample(job, QUIET)
-    video.write_lossless(job.directory.clip(job.manifest[1].id), torch.zeros(16, 3, 32, 32, dtype=torch.uint8), 8)
-    result = run.score(job, QUIET, [cheap_metric])
-    assert [failure.id for failure in result.failures] == [job.manifest[1].id]
+    sampling.sample(job, QUIET)
+    video.write_lossless(job.directory.clip(job.cases[1].id), torch.zeros(16, 3, 32, 32, dtype=torch.uint8), 8)
+    result = scoring.score(job, QUIET, [cheap_metric])
+    assert [failure.id for failure in result.failures] == [job.cases[1].id]
     assert "its pixels changed" in result.failures[0].reason
     assert (result.n_scored, result.scores["corners"].n_generated, result.scores["corners"].n_reference) == (3, 3, 3)
 
@@ -127,7 +129,7 @@ def test_a_manifest_replays_somebody_else_s_clips(tmp_path, cheap_metric):
     ours = planning.plan(
         find_model("zoom"), find_dataset("shapes"), smoke, out=tmp_path / "ours", manifest=path, quiet=True
     )
-    assert ours.manifest == job.manifest
+    assert ours.cases == job.cases
     rows = [json.loads(line) | {"id": "test-999999"} for line in path.read_text().splitlines()[:1]]
     bad = tmp_path / "bad.jsonl"
     bad.write_text(json.dumps(rows[0]) + "\n")
@@ -138,7 +140,7 @@ def test_a_manifest_replays_somebody_else_s_clips(tmp_path, cheap_metric):
 def test_two_processes_on_one_directory_refuse_each_other(tmp_path):
     job = make_job(tmp_path / "run")
     code = (
-        "import sys; from pathlib import Path; from dcbench.rundir import RunDirectory\n"
+        "import sys; from pathlib import Path; from dcbench.runs.directory import RunDirectory\n"
         f"with RunDirectory(Path({str(tmp_path / 'run')!r})).locked():\n print('held', flush=True); sys.stdin.read()"
     )
     other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -147,10 +149,10 @@ def test_two_processes_on_one_directory_refuse_each_other(tmp_path):
     try:
         assert other.stdout.readline().strip() == "held"
         with pytest.raises(UserError, match=f"in use by process {other.pid}"):
-            run.sample(job, QUIET)
+            sampling.sample(job, QUIET)
     finally:
         other.communicate()
-    run.sample(job, QUIET)
+    sampling.sample(job, QUIET)
 
 
 class Misbehaves:
@@ -178,20 +180,20 @@ WRONG = {
 def test_a_model_that_misbehaves_is_named_with_its_clip_and_nothing_is_lost(tmp_path, monkeypatch, fault):
     wrong, message = WRONG[fault]
     job = make_job(tmp_path / "run")
-    model = Misbehaves(wrong, job.manifest[2].id)
-    monkeypatch.setattr(run, "load_entry_point", lambda card: lambda card, runtime: model)
+    model = Misbehaves(wrong, job.cases[2].id)
+    monkeypatch.setattr(sampling, "load_entry_point", lambda card: lambda card, runtime: model)
     with pytest.raises(UserError, match=message) as error:
-        run.sample(job, QUIET)
-    assert job.manifest[2].id in str(error.value)
-    assert set(job.directory.finished_samples()) == {job.manifest[0].id, job.manifest[1].id}
+        sampling.sample(job, QUIET)
+    assert job.cases[2].id in str(error.value)
+    assert set(job.directory.finished_samples()) == {job.cases[0].id, job.cases[1].id}
     model.clip_id = ""  # the fault is mended
-    run.sample(job, QUIET)
+    sampling.sample(job, QUIET)
     assert len(job.directory.finished_samples()) == 4
 
 
 def test_trap_11_a_video_that_fails_is_named_and_counts(tmp_path, cheap_metric, capsys):
     job = make_job(tmp_path / "run")
-    broken = job.manifest[1].id
+    broken = job.cases[1].id
 
     class Broken:
         def info(self):
@@ -210,17 +212,17 @@ def test_trap_11_a_video_that_fails_is_named_and_counts(tmp_path, cheap_metric, 
 
 def test_trap_06_generated_clips_are_stored_without_loss(tmp_path):
     job = make_job(tmp_path / "run", "noise", limit=1)
-    run.sample(job, QUIET)
-    entry = job.manifest[0]
-    request = run.build_request(job, entry, with_reference=False)
-    made = run.load_entry_point(job.model)(job.model, QUIET.runtime()).generate([request])[0]
-    row = job.directory.finished_samples()[entry.id]
-    assert torch.equal(run.generated_clip(job, entry, row), made)
+    sampling.sample(job, QUIET)
+    entry = job.cases[0]
+    request = job.request(entry, with_reference=False)
+    assert job.model is not None
+    made = sampling.load_entry_point(job.model)(job.model, QUIET.runtime()).generate([request])[0]
+    assert torch.equal(job.generated(entry), made)
 
 
 def test_trap_05_and_08_a_request_carries_rate_and_stride_as_two_fields(tmp_path):
     job = make_job(tmp_path / "run", limit=1, frame_stride=3)
-    request = run.build_request(job, job.manifest[0], with_reference=True)
+    request = job.request(job.cases[0], with_reference=True)
     assert (request.fps, request.frame_stride) == (pytest.approx(25 / 3), 3)
     assert request.reference is not None
     assert torch.equal(request.image, request.reference[0])
@@ -236,24 +238,20 @@ def test_trap_10_reference_and_generated_are_not_swapped(tmp_path, cheap_metric)
         return score_frechet(real, generated, groups)
 
     job = make_job(tmp_path / "run", "noise")
-    run.sample(job, QUIET)
+    sampling.sample(job, QUIET)
     built = scoring.build_metrics(scoring.choose_metrics([cheap_metric]), QUIET.runtime(), explicit=True)
-    built.sets["corners"]._score = spy  # type: ignore[attr-defined]
-    rows = job.directory.finished_samples()
-    pairs = [run._pair(job, entry, rows[entry.id], {}) for entry in job.manifest]
-    extracted = scoring.Extracted()
-    for part in scoring.extract(pairs, built, None):
-        extracted.merge(part)
-    scoring.score(extracted, built, "", [entry.id for entry in job.manifest])
+    built.built["corners"]._score = spy  # type: ignore[attr-defined]
+    observed = scoring.observe_all(job, list(built.built.values()), QUIET, None)
+    scoring.score_all(observed, built, job.cases, "")
     assert (seen["generated"] - 127.5).abs().max() < 3  # noise averages to grey; the world does not
     assert (seen["real"] - 127.5).abs().max() > 20
 
 
 def test_the_condition_frame_is_the_image(tmp_path):
     job = make_job(tmp_path / "run", limit=4, condition="random", frame_stride=3)
-    assert len({entry.condition_frame for entry in job.manifest}) > 1
-    for entry in job.manifest:
-        request = run.build_request(job, entry, with_reference=True)
+    assert len({entry.condition_frame for entry in job.cases}) > 1
+    for entry in job.cases:
+        request = job.request(entry, with_reference=True)
         assert request.reference is not None
         assert torch.equal(request.image, request.reference[entry.condition_frame])
 
@@ -263,16 +261,16 @@ def test_metrics_scored_later_join_the_record(tmp_path, cheap_metric):
     finish(job, cheap_metric)
     again = Path(cheap_metric).with_name("again.toml")
     again.write_text(Path(cheap_metric).read_text().replace('name = "corners"', 'name = "again"'))
-    result = run.score(planning.reopen(tmp_path / "run"), QUIET, [str(again)])
+    result = scoring.score(planning.reopen(tmp_path / "run"), QUIET, [str(again)])
     assert set(result.scores) == {"corners", "again"}
     assert result.scores["corners"].value == result.scores["again"].value
 
 
 def test_a_full_disk_is_found_before_the_model_loads(tmp_path, monkeypatch):
     job = make_job(tmp_path / "run")
-    monkeypatch.setattr(run.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr(sampling.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(UserError, match="Free some room"):
-        run.sample(job, QUIET)
+        sampling.sample(job, QUIET)
 
 
 def test_overrides_make_another_run(tmp_path, in_tmp):
@@ -374,7 +372,7 @@ def test_trap_10_one_or_two_processes_give_the_same_record(tmp_path, cheap_metri
 def test_the_lock_is_freed_when_a_process_dies(tmp_path):
     directory = RunDirectory(tmp_path / "run")
     code = (
-        "import os, signal; from pathlib import Path; from dcbench.rundir import RunDirectory\n"
+        "import os, signal; from pathlib import Path; from dcbench.runs.directory import RunDirectory\n"
         f"with RunDirectory(Path({str(tmp_path / 'run')!r})).locked():\n os.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", code])

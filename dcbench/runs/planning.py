@@ -1,0 +1,289 @@
+"""Planning a run: its clips are chosen once and stored, so that the same command continues with the same clips."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dcbench import machine, record, video, weights
+from dcbench.catalogue import DatasetCard, ModelCard, find_dataset, slug
+from dcbench.datasets.base import Item, find_root, load_dataset
+from dcbench.errors import UserError, near_match
+from dcbench.facts import validate
+from dcbench.files import canonical, digest, read_jsonl, write_json, write_text
+from dcbench.progress import track
+from dcbench.protocol import Protocol, fingerprint, plan_clips
+from dcbench.ranks import join_ranks, on_first_rank
+from dcbench.record import Case, Plan
+from dcbench.runs.directory import RunDirectory
+from dcbench.runs.run import Run
+from dcbench.version import __version__
+
+Chosen = tuple[Plan, list[Case]]
+
+
+def plan(
+    model: ModelCard,
+    dataset: DatasetCard,
+    protocol: Protocol,
+    data: Path | None = None,
+    out: Path | None = None,
+    seed: int = 123,
+    limit: int | None = None,
+    manifest: Path | None = None,
+    quiet: bool = False,
+    write: bool = True,
+) -> Run:
+    """Choose the clips and write plan.json and manifest.jsonl. If this run was started before, read them instead.
+
+    `write` False: nothing is written. UserError for unusable data, or if the directory holds another run.
+    """
+    join_ranks()
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit {limit}: it must be at least 1")
+    resolved = protocol.resolved(dataset.name)
+    items = load_items(dataset, find_root(dataset, data), resolved)
+    request = request_of(model, dataset, protocol, data, seed, limit, manifest)
+    key = digest(request, 8)
+    directory = RunDirectory(out or Path("runs") / f"{model.name}-{dataset.name}-{protocol.name}-{key}")
+
+    def make() -> Chosen:
+        begun = _begun(directory, request)
+        if begun:
+            return begun
+        if manifest:
+            cases, excluded = record.read_manifest(manifest)[:limit], []
+            _check_manifest(cases, items, resolved, manifest)
+        else:
+            wanted = min(resolved.num_clips, len(items), limit or len(items))
+            probe = _probe(wanted, "reading videos", quiet)
+            cases, excluded = plan_clips(resolved, list(items.values()), probe, seed, limit)
+        made = Plan(
+            dcbench=__version__,
+            model=model.model_dump(mode="json"),
+            dataset=dataset.model_dump(mode="json"),
+            protocol=resolved.model_dump(mode="json"),
+            seed=seed,
+            limit=limit,
+            fingerprint=fingerprint(resolved, dataset.name, cases),
+            excluded=excluded,
+            versions=machine.versions(),
+        )
+        if write:
+            _write(directory, made, cases, request)
+        return made, cases
+
+    made, cases = on_first_rank(make)
+    return Run(directory, made, cases, resolved, items, model)
+
+
+def request_of(
+    model: ModelCard,
+    dataset: DatasetCard,
+    protocol: Protocol,
+    data: Path | None = None,
+    seed: int = 123,
+    limit: int | None = None,
+    manifest: Path | None = None,
+) -> dict[str, Any]:
+    """The settings that decide the clips, as JSON values. Two runs with the same request make the same clips."""
+    root = find_root(dataset, data)
+    return {
+        "model": model.model_dump(mode="json", exclude={"title", "summary", "published", "aliases"}),
+        "dataset": dataset.model_dump(mode="json", include={"name", "options"}),
+        "root": str(root.resolve()) if root else "",
+        "protocol": protocol.resolved(dataset.name).identity(),
+        "seed": seed,
+        "limit": limit,
+        "manifest": digest(read_jsonl(manifest)) if manifest else "",
+    }
+
+
+def plan_folders(
+    generated: Path, reference: Path, protocol: Protocol, out: Path | None = None, quiet: bool = False
+) -> Run:
+    """A run whose generated clips are the videos of one folder, and whose reference clips are those of another.
+
+    The protocol applies to both. Videos with the same name are a pair. A video without a partner is its own case.
+    """
+    join_ranks()
+    resolved = protocol.resolved("folder")
+    name, title = generated.resolve().name, reference.resolve().name
+
+    def make() -> tuple[Run, list[Case]]:
+        planned, sides = {}, {"reference": reference, "generated": generated}
+        for side, root in sides.items():
+            items = _folder_items(root, resolved)
+            probe = _probe(len(items), f"reading {side} videos", quiet)
+            planned[side] = items, *plan_clips(resolved, list(items.values()), probe, run_seed=0)
+        (items, cases, lost), (clips, own, lost_clips) = planned["reference"], planned["generated"]
+        made = Plan(
+            dcbench=__version__,
+            model={"name": slug(name), "title": name},
+            dataset={"name": "folder", "title": title},
+            protocol=resolved.model_dump(mode="json"),
+            seed=0,
+            limit=None,
+            fingerprint=fingerprint(resolved, "folder", cases),
+            excluded=[*lost, *lost_clips],
+            versions=machine.versions(),
+        )
+        chosen = [[case.model_dump(mode="json") for case in side] for side in (cases, own)]
+        key = digest([resolved.identity(), *chosen], 8)
+        directory = RunDirectory(out or Path("runs") / f"{slug(name)}-against-{slug(title)}-{key}")
+        folder = {case.id: (clips[case.id], case) for case in own}
+        return Run(directory, made, _with_partners(cases, own), resolved, items, folder=folder), own
+
+    run, own = make()
+    request = {"root": str(reference.resolve()), "generated": str(generated.resolve())}
+    cases = [case for case in run.cases if run.has_reference(case)]
+    on_first_rank(lambda: _write(run.directory, run.plan, cases, request, own))
+    return run
+
+
+def _with_partners(cases: Sequence[Case], own: Sequence[Case]) -> list[Case]:
+    """The cases of the reference videos, and cases without frames for clips without a reference. Sorted by id."""
+    known = {case.id for case in cases}
+    alone = [case.model_copy(update={"video": "", "frames": []}) for case in own if case.id not in known]
+    return sorted([*cases, *alone], key=lambda case: case.id)
+
+
+def _folder_items(folder: Path, protocol: Protocol) -> dict[str, Item]:
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; expected a folder of videos ({', '.join(video.SUFFIXES)})")
+    return load_items(find_dataset("folder"), folder, protocol)
+
+
+def _write(
+    directory: RunDirectory,
+    made: Plan,
+    cases: Sequence[Case],
+    request: dict[str, Any],
+    clips: Sequence[Case] | None = None,
+) -> None:
+    with directory.locked():
+        record.write_manifest(directory.manifest, cases)
+        if clips is not None:
+            record.write_manifest(directory.folder, clips)
+        write_text(directory.request, canonical(request) + "\n")
+        write_json(directory.plan, made.model_dump(mode="json"))  # last, so that an existing plan is complete
+
+
+def reopen(path: Path, data: Path | None = None) -> Run:
+    """Load a run and its data set, to score it again. `data`: the folder of the data set, if it was moved."""
+    join_ranks()
+    run = open_run(path, record.read_plan(path))
+    remembered = Path(run.directory.remembered().get("root") or "")
+    root = data or (remembered if remembered.name and remembered.is_dir() else None)
+    dataset = _recorded_dataset(run.plan, path)
+    return replace(run, items=load_items(dataset, find_root(dataset, root), run.protocol))
+
+
+def open_run(path: Path, made: Plan) -> Run:
+    """Load a run without its data set. Its generated clips can be read, its reference clips cannot."""
+    directory = RunDirectory(path)
+    protocol: Protocol = validate(made.protocol, Protocol, f"{path}, protocol")
+    cases = record.read_manifest(directory.manifest)
+    if not directory.folder.is_file():
+        model = validate(made.model, ModelCard, f"{path}, model")
+        return Run(directory, made, cases, protocol, {}, model)
+    own = record.read_manifest(directory.folder)
+    clips = _folder_items(Path(directory.remembered().get("generated", "")), protocol)
+    folder = {case.id: (clips[case.id], case) for case in own if case.id in clips}
+    return Run(directory, made, _with_partners(cases, own), protocol, {}, folder=folder)
+
+
+def _recorded_dataset(made: Plan, path: Path) -> DatasetCard:
+    """This machine's card of the data set, with the recorded options. If there is none, the recorded card."""
+    try:
+        card = find_dataset(made.dataset["name"])
+    except UserError:
+        return validate(made.dataset, DatasetCard, f"{path}/plan.json, dataset")
+    title, options = made.dataset.get("title", card.title), {**card.options, **made.dataset.get("options", {})}
+    return card.model_copy(update={"title": title, "options": options})
+
+
+def missing(model: ModelCard, dataset: DatasetCard, data: Path | None) -> list[str]:
+    """A message for each missing input of a run (the dataset's files, the model's weights): how to get it."""
+    problems = []
+    try:
+        find_root(dataset, data)
+    except UserError as error:
+        problems.append(str(error))
+    if model.available:
+        for source in model.weights:
+            if source.file or source.url:  # not whole repositories: the model loads these itself
+                try:
+                    weights.fetch(source, offline=True)
+                except UserError as error:
+                    problems.append(str(error).replace("weights fetch NAME", f"weights fetch {model.name}"))
+    return problems
+
+
+def load_items(card: DatasetCard, root: Path | None, protocol: Protocol) -> dict[str, Item]:
+    """The dataset's videos of the protocol's split, by id. UserError if there are none."""
+    source = load_dataset(card, root, protocol.dataset_options)
+    if protocol.split not in source.splits():
+        raise UserError(
+            f'{card.name} has no split "{protocol.split}".{near_match(protocol.split, source.splits())} '
+            f"It has: {', '.join(source.splits())}."
+        )
+    items = source.items(protocol.split)
+    if not items:
+        raise UserError(f"{card.name}: split {protocol.split!r} of {root} holds no video")
+    return {item.id: _with_decoder(item, protocol) for item in items}
+
+
+def _with_decoder(item: Item, protocol: Protocol) -> Item:
+    """The item, with the protocol's decoder for its file."""
+    if protocol.decoder == "auto" or not isinstance(item.video, video.VideoFile):
+        return item
+    return replace(item, video=replace(item.video, decoder=protocol.decoder))
+
+
+def _probe(wanted: int, what: str, quiet: bool) -> Callable[[Sequence[Item]], Iterator[Any]]:
+    """For `plan_clips`: a function that yields the facts of videos in order. A few are read ahead in parallel."""
+
+    def infos(order: Sequence[Item]) -> Iterator[Any]:
+        found = video.in_order(lambda item: item.video.info(), order, workers=min(8, os.cpu_count() or 1))
+        yield from track(found, wanted, what, quiet=quiet)
+
+    return infos
+
+
+def _check_manifest(cases: list[Case], items: dict[str, Item], protocol: Protocol, path: Path) -> None:
+    """Raise UserError if a given manifest does not fit this dataset and this protocol."""
+    unknown = [case.id for case in cases if case.id not in items]
+    if unknown:
+        raise UserError(
+            f"{path}: {len(unknown)} of {len(cases)} clips are not in this dataset's split {protocol.split!r}, "
+            f"for example {unknown[0]!r}; the split has ids such as {next(iter(items), 'nothing: it is empty')!r}"
+        )
+    wrong = [case.id for case in cases if len(case.frames) != protocol.num_frames]
+    if wrong:
+        raise UserError(f"{path}: clip {wrong[0]} does not have the protocol's {protocol.num_frames} frames")
+    bad = [case.id for case in cases if min(case.frames) < 0 or not 0 <= case.condition_frame < len(case.frames)]
+    if bad:
+        raise UserError(f"{path}: clip {bad[0]} has a frame number or condition_frame that cannot exist")
+
+
+def _begun(directory: RunDirectory, request: dict[str, Any]) -> Chosen | None:
+    """The plan of a run that was started before, or None. UserError if the directory holds something else."""
+    if not directory.plan.is_file():
+        if directory.path.is_dir() and any(path.name[0] != "." for path in directory.path.iterdir()):
+            unfinished = {"manifest.jsonl", "request.json"}
+            strange = [p.name for p in directory.path.iterdir() if p.name[0] != "." and p.name not in unfinished]
+            if strange:
+                raise UserError(
+                    f"{directory.path} holds other files ({strange[0]} ...) and no plan.json. Choose another: --out DIR"
+                )
+        return None
+    before = directory.remembered()
+    if before != request:
+        differing = [name for name in request if before.get(name) != request[name]]
+        raise UserError(
+            f"{directory.path} holds another run: it differs in {', '.join(differing)}. "
+            "Give the options that it was started with, or another directory: --out DIR"
+        )
+    return record.read_plan(directory.path), record.read_manifest(directory.manifest)

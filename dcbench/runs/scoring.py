@@ -1,0 +1,412 @@
+"""Scoring, the second half of a run: one streaming pass over its cases, then one score per metric, and the record.
+
+Each clip is decoded once for all metrics. The next clips are decoded while the networks compute. Only observations are
+kept, so memory does not grow with the number of clips.
+"""
+
+import contextlib
+import datetime
+import fnmatch
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dcbench import machine, record, video
+from dcbench.catalogue import MetricCard, cards, find_metric, load_entry_point
+from dcbench.clips import pixels_sha256
+from dcbench.errors import UserError
+from dcbench.files import cache_dir, digest, read_json, read_jsonl, write_json
+from dcbench.metrics.base import Metric, Observations, SetMetric, View
+from dcbench.metrics.cache import FeatureCache
+from dcbench.models.base import Runtime
+from dcbench.progress import track
+from dcbench.ranks import gather, join_ranks, on_first_rank, rank, world_size
+from dcbench.record import Case, Cost, Failure, Record, Score
+from dcbench.runs.run import Options, Run
+
+PREFETCH = 3  # cases decoded ahead
+
+
+# --- metrics ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Metrics:
+    """The metrics of a run, by the name of their score. `missing`: those that cannot be built, with the reason."""
+
+    built: dict[str, Metric] = field(default_factory=dict)
+    missing: dict[str, tuple[MetricCard, str]] = field(default_factory=dict)
+
+
+def choose_metrics(names: Sequence[str] | None) -> list[MetricCard]:
+    """The metric cards of a run: the default ones, or `names`, each a name, a pattern such as judge_*, or card.toml."""
+    known = [card for card in cards("metrics").values() if isinstance(card, MetricCard)]
+    if not names:
+        return [card for card in known if card.default]
+    chosen: dict[str, MetricCard] = {}
+    for name in names:
+        matching = [card for card in known if "*" in name and fnmatch.fnmatch(card.name, name)]
+        for card in matching or [find_metric(name)]:
+            if chosen.setdefault(score_name(card), card) != card:
+                raise UserError(f"two metrics are called {score_name(card)}; give one of the cards another name")
+    return list(chosen.values())
+
+
+def score_name(card: MetricCard) -> str:
+    """The name of a metric's score: the card's name, and its differences from this machine's card of that name."""
+    known = cards("metrics").get(card.name)
+    if known is None:
+        return card.name
+    differing = {key: value for key, value in card.options.items() if known.options.get(key) != value}
+    if known.entry_point != card.entry_point:
+        differing["entry_point"] = card.entry_point
+    shown = []
+    for key, value in differing.items():
+        is_path = isinstance(value, str) and Path(value).is_absolute()
+        shown.append(f"{key}={Path(value).name if is_path else value}")
+    return f"{card.name}({', '.join(shown)})" if shown else card.name
+
+
+def build_metrics(chosen: Sequence[MetricCard], runtime: Runtime, explicit: bool) -> Metrics:
+    """Build every metric. If one cannot be built, `missing` has the reason; with `explicit`, UserError is raised."""
+    metrics = Metrics()
+    for card in chosen:
+        try:
+            metric = load_entry_point(card)(card, runtime)
+        except UserError as error:
+            if explicit:
+                raise
+            reason = str(error).replace("weights fetch NAME", f"weights fetch {card.name}")
+            metrics.missing[score_name(card)] = card, reason
+            continue
+        if not isinstance(metric, Metric):
+            raise UserError(
+                f"{card.name}: {card.entry_point} made {type(metric).__name__}, which is no metric; expected a "
+                "SetMetric or a ClipMetric of dcbench.metrics (CONTRIBUTING.md, 'Add a metric')"
+            )
+        metrics.built[score_name(card)] = metric
+    return metrics
+
+
+def _card_file(score: Score) -> Path:
+    """The file that stores, on this machine, the path of your own card that a score was made with."""
+    return cache_dir() / "metrics" / f"{digest([score.metric, score.extractor], 32)}.json"
+
+
+def metric_of(name: str, score: Score, runtime: Runtime, given: MetricCard | None = None) -> Metric:
+    """Build the metric of a score again. UserError if this is not possible, or would give other numbers.
+
+    A record is data, so code that it names is not run. Only these cards are used: those of this machine, and files that
+    were given on a command line, now (`given`) or before.
+    """
+    card = given or cards("metrics").get(str(score.metric.get("name", name)))
+    if given is None and _card_file(score).is_file():
+        card = find_metric(read_json(_card_file(score))["card"])
+    elif given is None and card is not None:
+        card = card.model_copy(update={"options": {**card.options, **score.metric.get("options", {})}})
+    if card is None:
+        raise UserError("it was scored with a card that this machine does not have; give it: --metrics CARD.toml")
+    metric: Metric = load_entry_point(card)(card, runtime)
+    if score.metric and metric.identity != score.metric:
+        raise UserError("its card or its code has changed; score both runs again")
+    if metric.extractor.identity != score.extractor:
+        raise UserError("its extractor has other weights or preprocessing on this machine; score both runs again")
+    return metric
+
+
+# --- one pass ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Seen:
+    """The results of a pass: observations by key (see `Metric.observation_key`) and case id, hashes, failures."""
+
+    generated: dict[str, dict[str, Any]] = field(default_factory=dict)  # key -> case id -> observation
+    reference: dict[str, dict[str, Any]] = field(default_factory=dict)
+    lacking: dict[str, dict[str, str]] = field(default_factory=dict)  # key -> case id -> the missing input
+    pixels: dict[str, list[str]] = field(default_factory=dict)  # case id -> hashes of [reference, generated]; "": none
+    decoders: dict[str, str] = field(default_factory=dict)  # case id -> the decoder of the reference
+    failures: list[Failure] = field(default_factory=list)
+
+    def merge(self, other: "Seen") -> None:
+        for name in ("generated", "reference", "lacking"):
+            mine: dict[str, dict[str, Any]] = getattr(self, name)
+            for key, table in getattr(other, name).items():
+                mine.setdefault(key, {}).update(table)
+        self.pixels.update(other.pixels)
+        self.decoders.update(other.decoders)
+        self.failures.extend(other.failures)
+
+    def of(self, metric: Metric, cases: Sequence[Case]) -> Observations:
+        """A metric's observations in the order of the cases. Cases without an observation are left out."""
+        made, real = (side.get(metric.observation_key, {}) for side in (self.generated, self.reference))
+        kept = [case for case in cases if case.id in made]
+        return Observations(
+            [made[case.id] for case in kept],
+            [real[case.id] for case in cases if case.id in real],
+            [case.group or case.id for case in kept],
+        )
+
+
+@dataclass
+class Prepared:
+    """A worker's result for a case: decoded clips, their hashes, and observations of metrics with `in_workers`."""
+
+    case: Case
+    reference: Tensor | None
+    generated: Tensor | None
+    truth: Mapping[str, Any] | None
+    seen: Seen
+    error: UserError | None = None  # of a metric; for a clip that cannot be read, the worker raises UserError
+
+
+def observe(run: Run, metrics: Sequence[Metric], cache: FeatureCache | None, cases: Sequence[Case]) -> Iterator[Seen]:
+    """One pass over the cases. Yields the results of each case; merge them. `cache` None: nothing is cached.
+
+    On a CPU, each core takes its own case. This is faster than all cores on one clip, and features do not depend on the
+    number of cores. A clip that cannot be read is a failure; an error of a metric is raised.
+    """
+    distinct = list({metric.observation_key: metric for metric in metrics}.values())
+    parallel = [metric for metric in distinct if metric.in_workers]
+    others = [metric for metric in distinct if not metric.in_workers]
+    cores = torch.get_num_threads()
+
+    def prepare(case: Case) -> Prepared:
+        seen, reference, generated = Seen(), None, None
+        if run.has_reference(case):
+            reference, seen.decoders[case.id] = run.reference(case)
+        if run.has_generated(case):
+            generated = run.generated(case)
+        seen.pixels[case.id] = [pixels_sha256(clip) if clip is not None else "" for clip in (reference, generated)]
+        item = run.items.get(case.id)
+        done = Prepared(case, reference, generated, item.truth if item else None, seen)
+        try:
+            for metric in parallel:
+                _observe_case(metric, done, cache)
+        except UserError as error:
+            done.error = error
+        return done
+
+    for case, got in zip(cases, video.in_order(prepare, cases, cores, cores + PREFETCH), strict=True):
+        if isinstance(got, UserError):
+            yield Seen(failures=[Failure(id=case.id, reason=str(got))])
+            continue
+        try:
+            if got.error:
+                raise got.error
+            for metric in others:
+                _observe_case(metric, got, cache)
+        except UserError as error:
+            raise UserError(f"clip {case.id}: {error}") from error
+        yield got.seen
+
+
+def _observe_case(metric: Metric, of: Prepared, cache: FeatureCache | None) -> None:
+    """Store a metric's observation of the generated clip and, if it observes references, of the reference clip."""
+    case, key = of.case, metric.observation_key
+    for clip, table in ((of.generated, of.seen.generated), (of.reference, of.seen.reference)):
+        if clip is None or (clip is of.reference and not metric.observes_reference):
+            continue
+        view = _view(metric, clip, of)
+        if lack := metric.lacks(view):
+            of.seen.lacking.setdefault(key, {})[case.id] = lack
+        else:
+            table[key] = {case.id: _observation(metric, view, of, cache)}
+
+
+def _view(metric: Metric, clip: Tensor, of: Prepared) -> View:
+    """A clip with the inputs that the metric's card `needs`. The metric gets no others, so it cannot depend on them."""
+    has_reference = of.reference is not None
+    known: dict[str, Any] = {
+        "image": of.reference[of.case.condition_frame] if of.reference is not None else None,
+        "prompt": of.case.prompt if has_reference else None,
+        "reference": of.reference,
+        "fps": of.case.fps,
+        "truth": of.truth,
+    }
+    return View(clip, **{name: known[name] for name in metric.card.needs})
+
+
+def _observation(metric: Metric, view: View, of: Prepared, cache: FeatureCache | None) -> Any:
+    """The metric's observation of a view. It is read from the cache if it is there, and stored there otherwise."""
+    if cache is None:
+        return metric.observe(view)
+    hashes = of.seen.pixels[of.case.id]  # of [reference, generated]
+    pixels = hashes[0] if view.clip is of.reference else hashes[1]
+    needed = {name: getattr(view, name) for name in sorted(metric.card.needs)}
+    if "reference" in needed:
+        needed["reference"] = hashes[0]
+    if "image" in needed:
+        needed["image"] = pixels_sha256(needed["image"])
+    if isinstance(metric, SetMetric):
+        key = f"{metric.observation_key}-{digest([pixels, needed], 64) if needed else pixels}"
+        found = cache.get(key)
+        if found is None:
+            found = {"features": metric.observe(view)}
+            cache.put(key, found)
+        return found["features"]
+    key = f"value-{digest([metric.observation_key, pixels, needed], 48)}"
+    value = cache.get_json(key)
+    if value is None:
+        value = metric.observe(view)
+        cache.put_json(key, value)
+    return value
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+def score_all(seen: Seen, metrics: Metrics, cases: Sequence[Case], fingerprint: str) -> dict[str, Score]:
+    """One score per metric, from the observations of one pass. A score that cannot be computed has a reason instead."""
+    scores: dict[str, Score] = {}
+    for name, (card, reason) in metrics.missing.items():
+        scores[name] = Score(value=None, reason=reason, higher_is_better=card.higher_is_better, fingerprint=fingerprint)
+    for name, metric in metrics.built.items():
+        try:
+            score = _score(metric, seen, cases)
+        except UserError as error:
+            score = Score(value=None, reason=str(error))
+        scores[name] = score.model_copy(
+            update={
+                "higher_is_better": metric.card.higher_is_better,
+                "metric": metric.identity,
+                "extractor": metric.extractor.identity,
+                "fingerprint": fingerprint,
+            }
+        )
+    return scores
+
+
+def _score(metric: Metric, seen: Seen, cases: Sequence[Case]) -> Score:
+    observed, lacking = seen.of(metric, cases), seen.lacking.get(metric.observation_key, {})
+    if isinstance(metric, SetMetric) and not (observed.reference and observed.generated):
+        raise UserError(
+            f"{len(observed.reference)} reference and {len(observed.generated)} generated clips: nothing to compare"
+        )
+    if not observed.generated:
+        raise UserError(next(iter(lacking.values()), "no generated clip could be scored"))
+    score = metric.score(observed)
+    if observed.reference and not isinstance(metric, SetMetric):
+        score.details["reference_value"] = metric.score(Observations(observed.reference)).value
+    if lacking:
+        score.warnings = [*score.warnings, f"{len(lacking)} clips do not count: {next(iter(lacking.values()))}"]
+    return score
+
+
+def per_clip_rows(seen: Seen, metrics: Metrics, cases: Sequence[Case]) -> list[dict[str, Any]]:
+    """Lines of per_clip.jsonl: the observations of each clip by every per-clip metric."""
+    keys = {name: m.observation_key for name, m in metrics.built.items() if not isinstance(m, SetMetric)}
+
+    def values(side: dict[str, dict[str, Any]], case: Case) -> dict[str, Any]:
+        return {name: side[key][case.id] for name, key in keys.items() if case.id in side.get(key, {})}
+
+    rows = []
+    for case in cases:
+        made, real = values(seen.generated, case), values(seen.reference, case)
+        rows.append({"id": case.id, **made} | ({"reference": real} if real else {}))
+    return rows
+
+
+# --- the record -------------------------------------------------------------------------------------------------------
+
+
+def score(run: Run, options: Options, metrics: Sequence[str] | None = None, strict: bool = True) -> Record:
+    """Score every finished clip and write per_clip.jsonl, record.json and cost.json.
+
+    UserError if a metric in `metrics` cannot be built; with `strict` False, its score has the reason instead.
+    """
+    join_ranks()
+    start = time.perf_counter()
+    with run.directory.locked() if rank() == 0 else contextlib.nullcontext():
+        built = build_metrics(choose_metrics(metrics), options.runtime(), bool(metrics) and strict)
+        seen = observe_all(run, list(built.built.values()), options, FeatureCache())
+        seconds = time.perf_counter() - start
+        result = on_first_rank(lambda: _finish(run, options, built, seen, seconds))
+    for name in metrics or ():
+        if name.endswith(".toml"):
+            made = result.scores[score_name(find_metric(name))]
+            write_json(_card_file(made), {"card": str(Path(name).expanduser().resolve())})
+    return result
+
+
+def observe_all(
+    run: Run, metrics: Sequence[Metric], options: Options, cache: FeatureCache | None, what: str = "scoring"
+) -> Seen:
+    """Observe all cases of a run. Each rank does its share, and gets the results of all ranks."""
+    mine = run.cases[rank() :: world_size()]
+    seen = Seen()
+    for part in track(observe(run, metrics, cache, mine), len(mine), what, quiet=options.quiet or rank() > 0):
+        seen.merge(part)
+    whole = Seen()
+    for part in gather(seen):
+        whole.merge(part)
+    return whole
+
+
+def _finish(run: Run, options: Options, metrics: Metrics, seen: Seen, seconds: float) -> Record:
+    directory, cases = run.directory, run.cases
+    scores = score_all(seen, metrics, cases, run.plan.fingerprint)
+    rows = per_clip_rows(seen, metrics, cases)
+    finished = directory.finished_samples()
+    if run.model is None:
+        clips_sha256 = digest([[case.id, seen.pixels.get(case.id)] for case in cases], 64)
+    else:
+        clips_sha256 = digest([[case.id, finished[case.id]["sha256"]] for case in cases if case.id in finished], 64)
+    if directory.record.is_file():  # keep the scores of other metrics that an earlier call made on the same clips
+        before = record.read_record(directory.path)
+        if before.clips_sha256 == clips_sha256:
+            scores = {name: value for name, value in before.scores.items() if name not in scores} | scores
+            old = {row["id"]: row for row in read_jsonl(directory.per_clip)}
+            rows = [_merge_row(old.get(row["id"], {}), row) for row in rows]
+    planned = [case for case in cases if run.has_generated(case)]
+    lost = [entry for entry in run.plan.excluded if run.model is None or entry.rule == "unreadable"]
+    result = Record(
+        plan=run.plan,
+        scores=dict(sorted(scores.items())),
+        n_planned=len(planned),
+        n_scored=len(planned) - len(seen.failures),
+        failures=[
+            *sorted(seen.failures, key=lambda failure: failure.id),
+            *(Failure(id=entry.id, reason=entry.reason) for entry in lost),
+        ],
+        clips_sha256=clips_sha256,
+        decoders=dict(sorted(Counter(seen.decoders.values()).items())),
+    )
+    directory.write_per_clip(rows)
+    write_json(directory.record, result.model_dump(mode="json"))
+    write_json(directory.cost, _cost(run, options, finished, seconds).model_dump(mode="json"))
+    return result
+
+
+def _merge_row(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    reference = old.get("reference", {}) | new.get("reference", {})
+    return old | new | ({"reference": reference} if reference else {})
+
+
+def _cost(run: Run, options: Options, finished: dict[str, dict[str, Any]], seconds: float) -> Cost:
+    rows = [finished[case.id] for case in run.cases if case.id in finished]
+    per_clip = [row["seconds"] for row in rows]
+    runtime = options.runtime()
+    return Cost(
+        seconds_per_clip=sum(per_clip) / len(per_clip) if per_clip else None,
+        peak_memory_mb=max((row["peak_memory_mb"] for row in rows), default=None),
+        sample_seconds=sum(per_clip),
+        score_seconds=seconds,
+        device=", ".join(_named(rows, "device")) or runtime.device,
+        dtype=", ".join(_named(rows, "dtype")),
+        hardware=", ".join(_named(rows, "hardware")) or machine.hardware(runtime.device),
+        git_commit=machine.git_commit(),
+        finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        details={"steps": run.model.sampling.get("steps") if run.model else None, "weights": _named(rows, "weights")},
+    )
+
+
+def _named(rows: Sequence[dict[str, Any]], key: str) -> list[str]:
+    """The values of `key` in the lines of the samples, which may have been made on other machines than this one."""
+    return sorted({row[key] for row in rows if row.get(key)})

@@ -1,0 +1,79 @@
+"""Two folders of videos are a run like others: a plan, a page with clips, and they can be scored again."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import dcbench
+from dcbench import video
+from dcbench.errors import UserError
+from dcbench.metrics.ssim import ssim
+from dcbench.runs import planning
+from dcbench.runs.folders import score_folders
+from dcbench.runs.run import Options
+
+QUIET = Options(device="cpu", quiet=True)
+
+
+def make_clips(folder: Path, names: str, seed: int) -> None:
+    for k, name in enumerate(names):
+        dice = torch.Generator().manual_seed(seed + k)
+        coarse = torch.randint(0, 256, (18, 3, 4, 4), dtype=torch.uint8, generator=dice).float()
+        clip = torch.nn.functional.interpolate(coarse, (48, 64), mode="bilinear").to(torch.uint8)
+        video.write_mp4(folder / f"{name}.mp4", clip, 8)
+
+
+@pytest.fixture
+def scored(tmp_path: Path, cheap_metric: str) -> Path:
+    make_clips(tmp_path / "made", "abc", 0)
+    make_clips(tmp_path / "real", "abd", 10)
+    return score_folders(
+        tmp_path / "made", tmp_path / "real", "folders", QUIET, [cheap_metric, "ssim_image"], tmp_path / "run"
+    )
+
+
+def test_the_page_shows_both_sides(scored: Path, tmp_path: Path):
+    table = dcbench.report([scored], tmp_path / "report")
+    assert "3 [" in table or "| 3 vs 3" in table
+    page = (tmp_path / "report" / "index.html").read_text()
+    shown = {path.name for path in (tmp_path / "report" / "media").glob("*.mp4")}
+    assert page.count("<video") == len(shown) == 3 + 2  # three clips, and the references of two of them
+    assert "<code>c</code>" in page and "<code>d</code>" not in page
+
+
+def test_it_can_be_scored_again_with_other_metrics(scored: Path, tmp_path: Path, cheap_metric: str):
+    kept = (scored / "record.json").read_bytes()
+    record = dcbench.score(scored, ["motion"])
+    assert set(record.scores) == {"corners", "ssim_image", "motion"}
+    assert (record.scores["corners"].n_reference, record.scores["corners"].n_generated) == (3, 3)
+    assert (record.scores["ssim_image"].n_generated, record.scores["motion"].n_generated) == (2, 3)
+    shutil.rmtree(scored)
+    score_folders(
+        tmp_path / "made", tmp_path / "real", "folders", QUIET, [cheap_metric, "ssim_image"], tmp_path / "run"
+    )
+    assert (scored / "record.json").read_bytes() == kept
+
+
+def test_the_values_are_those_of_the_files(scored: Path, tmp_path: Path):
+    run = planning.reopen(scored)
+    by_id = {case.id: case for case in run.cases}
+    frames = video.read(video.VideoFile(tmp_path / "made" / "a.mp4"), range(16))[0]
+    assert torch.equal(run.generated(by_id["a"]), run.to_size(frames))
+    image = video.read(video.VideoFile(tmp_path / "real" / "a.mp4"), [0])[0]
+    assert torch.equal(run.image(by_id["a"]), run.to_size(image)[0])
+    assert not run.has_reference(by_id["c"]) and not run.has_generated(by_id["d"])
+    expected = ssim(
+        run.generated(by_id["a"]).double(), run.image(by_id["a"]).double().expand(16, -1, -1, -1), data_range=255.0
+    )
+    assert isinstance(expected, torch.Tensor)
+    first = json.loads((scored / "per_clip.jsonl").read_text().splitlines()[0])
+    assert first["id"] == "a" and first["ssim_image"]["value"] == pytest.approx(float(expected), abs=1e-9)
+
+
+def test_a_folder_that_is_gone_is_named(scored: Path, tmp_path: Path):
+    (tmp_path / "made").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="made is no folder"):
+        dcbench.score(scored)
