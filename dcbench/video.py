@@ -35,7 +35,7 @@ from torch import Tensor
 
 from dcbench.clips import check_clip
 from dcbench.errors import UserError
-from dcbench.weights import atomic_write, cache_dir
+from dcbench.files import atomic_write, cache_dir
 
 Decoder = Literal["auto", "decord", "pyav"]
 SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".gif")
@@ -70,7 +70,7 @@ class Video(Protocol):
         ...
 
 
-class Facts(NamedTuple):
+class FileFacts(NamedTuple):
     """What decoding a whole file found."""
 
     frames: int  # that decode before the first damage
@@ -150,14 +150,14 @@ class _Worker:
             self.close()
             reason = f"no answer within {seconds:.0f} s" if late.is_set() else _exit_reason(self.process.returncode)
             raise _WorkerDied(reason) from error
-        except BaseException:  # Ctrl-C in the middle of an answer leaves a pipe that nobody can use again
+        except BaseException:  # Ctrl-C: the rest of the answer would stay in the pipe
             self.close()
             raise
         finally:
             watchdog.cancel()
 
     def close(self) -> None:
-        self.process.kill()  # it holds no state worth a slow goodbye
+        self.process.kill()  # nothing is lost: the process keeps no state between requests
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
                 with contextlib.suppress(OSError):
@@ -213,11 +213,6 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def close_workers() -> None:
-    """End all idle decoding processes; they start again when needed. At exit this happens by itself."""
-    _pool.close()
-
-
 def _ask(path: Path, request: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
     try:
         megabytes = path.stat().st_size / 1e6
@@ -244,29 +239,29 @@ class _FactsStore:
     """Facts of files, by path, size and time: in memory, and one line each in the cache folder for the next process."""
 
     def __init__(self) -> None:
-        self.known: dict[Path, dict[str, Facts]] = {}  # cache file -> key -> facts
+        self.known: dict[Path, dict[str, FileFacts]] = {}  # cache file -> key -> facts
         self.lock = threading.Lock()
 
-    def _table(self) -> tuple[Path, dict[str, Facts]]:
+    def _table(self) -> tuple[Path, dict[str, FileFacts]]:
         file = cache_dir() / "video_facts.jsonl"
         if file not in self.known:
             self.known[file] = {}
             with contextlib.suppress(FileNotFoundError):
                 for line in file.read_text(encoding="utf-8").splitlines():
-                    with contextlib.suppress(ValueError, TypeError):  # torn by a crash, or another version's
+                    with contextlib.suppress(ValueError, TypeError):  # cut off by a crash, or of another version
                         key, *values = json.loads(line)
-                        self.known[file][key] = Facts(*values)
+                        self.known[file][key] = FileFacts(*values)
         return file, self.known[file]
 
-    def get(self, key: str) -> Facts | None:
+    def get(self, key: str) -> FileFacts | None:
         with self.lock:
             return self._table()[1].get(key)
 
-    def put(self, key: str, facts: Facts) -> None:
+    def put(self, key: str, facts: FileFacts) -> None:
         with self.lock:
             file, table = self._table()
             table[key] = facts
-            with contextlib.suppress(OSError), file.open("a", encoding="utf-8") as lines:  # a full disk costs time only
+            with contextlib.suppress(OSError), file.open("a", encoding="utf-8") as lines:  # on a full disk: not kept
                 lines.write(json.dumps([key, *facts]) + "\n")
 
 
@@ -276,10 +271,10 @@ _facts = _FactsStore()
 @lru_cache(1)
 def _versions() -> str:
     names = ["av", "decord"] if has_decord() else ["av"]
-    return " ".join(["3", *map(importlib.metadata.version, names)])  # 3: what this module calls a fact
+    return " ".join(["3", *map(importlib.metadata.version, names)])  # 3: raise it when FileFacts change
 
 
-def examine(path: Path, with_hash: bool = False) -> Facts:
+def examine(path: Path, with_hash: bool = False) -> FileFacts:
     """Facts of a file, by decoding all of it; without the hash, a file that has not changed is decoded once only.
 
     Raises VideoError when no frame decodes.
@@ -303,7 +298,7 @@ def examine(path: Path, with_hash: bool = False) -> Facts:
         except _WorkerDied as again:
             raise VideoError(f"{path}: {again}") from again
     header.pop("bytes")
-    facts = Facts(**header)
+    facts = FileFacts(**header)
     _facts.put(key, facts)
     return facts
 
@@ -404,7 +399,7 @@ def in_order(
             except UserError as error:
                 answer = error
             yield answer
-            del answer  # the caller alone decides how long a clip lives
+            del answer  # else this clip would stay in memory until the next one is asked for
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
         torch.set_num_threads(threads)  # a worker's setting is the default of threads that begin later
@@ -485,17 +480,14 @@ def _even(clip: Tensor) -> Tensor:
 def write_mp4(path: Path, clip: Tensor, fps: float, crf: int = 18) -> None:
     """H.264 that every browser plays."""
     clip = _even(check_clip(clip, str(path)))
-    options = {
-        "crf": str(crf),
-        "x264-params": "mbtree=0",
-    }  # mbtree reads memory that nobody wrote: other bytes each time
+    options = {"crf": str(crf), "x264-params": "mbtree=0"}  # mbtree reads uninitialised memory: other bytes each time
     _encode(path, clip, fps, "mp4", "libx264", "yuv420p", options, {"movflags": "+faststart"})
 
 
-def write_webm(path: Path, clip: Tensor, fps: float, crf: int = 24) -> None:
+def write_webm(path: Path, clip: Tensor, fps: float) -> None:
     """VP9; `b=0` makes the encoder obey crf."""
     clip = _even(check_clip(clip, str(path)))
-    options = {"crf": str(crf), "b": "0", "deadline": "good", "cpu-used": "4"}
+    options = {"crf": "24", "b": "0", "deadline": "good", "cpu-used": "4"}
     _encode(path, clip, fps, "webm", "libvpx-vp9", "yuv420p", options)
 
 

@@ -48,12 +48,12 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             f"{patch}\n"
             "worker.main()\n"
         )
-        video.close_workers()
+        video._pool.close()
         monkeypatch.setattr(video, "WORKER", script)
         monkeypatch.setattr(video, "SECONDS", 1.0)
 
     yield start
-    video.close_workers()
+    video._pool.close()
 
 
 HANG = "ctypes.PyDLL(None).sleep(600)"  # PyDLL keeps the interpreter lock, as decord's hang does
@@ -445,7 +445,7 @@ def test_forked_process_starts_its_own_workers(files):
         "import os, sys\nfrom pathlib import Path\nfrom dcbench.video import read_frames\n"
         "path = Path(sys.argv[1])\nread_frames(path, [0])\npid = os.fork()\n"
         "frames = [read_frames(path, [i])[0] for i in range(5)]\n"
-        "if pid == 0:\n    from dcbench import video\n    video.close_workers(); os._exit(0)\n"
+        "if pid == 0:\n    from dcbench import video\n    video._pool.close(); os._exit(0)\n"
         "print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), len(frames))"
     )
     command = [sys.executable, "-W", "always::ResourceWarning", "-c", code, str(files["mp4"])]

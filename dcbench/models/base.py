@@ -1,6 +1,6 @@
 """The one interface of every image-to-video model."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -10,8 +10,6 @@ from torch import Tensor
 
 from dcbench.catalogue import ModelCard
 from dcbench.errors import UserError
-
-CONDITIONS = frozenset({"image", "prompt", "fps", "frame_stride", "end_image", "reference"})
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and how a model runs; everything that changes its output stands in its card instead."""
+    """Where and how a model runs. Settings of its output stand in its card."""
 
     device: str = "cpu"
     dtype: str | None = None  # autocast dtype ("float16", "bfloat16"); None = float32
@@ -62,15 +60,34 @@ class PreparesFirst(Protocol):
 
 @runtime_checkable
 class ChecksFirst(Protocol):
-    """A model that can tell, before the first clip, that some cannot be made."""
+    """A model that knows before the first clip whether a clip cannot be made."""
 
     def check(self, clip_ids: Sequence[str]) -> None:
         """Raise UserError when a clip cannot be made."""
         ...
 
 
+@runtime_checkable
+class TakesMotion(Protocol):
+    """A model with a motion condition of its own, such as a frame stride; `dcbench animate --motion` gives it."""
+
+    def with_motion(self, request: Request, motion: int | None) -> Request:
+        """The request with this motion (None: the usual one) and all frames of the model.
+
+        Raises UserError for a motion that the model was not trained with.
+        """
+        ...
+
+
+@runtime_checkable
+class ReportsSteps(Protocol):
+    """A model that calls `on_step(done, all)` after each sampling step, unless it is None."""
+
+    on_step: Callable[[int, int], None] | None
+
+
 def check_generated(clip: Tensor, request: Request, model: str) -> Tensor:
-    """Return the clip if it is what the request asked for; otherwise say what is wrong with it."""
+    """Return the clip if it is uint8 [num_frames, 3, h, w]; UserError says what is wrong with another."""
     if not isinstance(clip, Tensor):
         raise UserError(f"model {model} returned {type(clip).__name__} for clip {request.clip_id}, not a tensor")
     if clip.is_floating_point() and not bool(torch.isfinite(clip).all()):

@@ -114,16 +114,16 @@ def denoising_loss(predict: Predictor, schedule: Schedule, clean: Tensor, noise:
 
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance. `image_scale` None: one scale for text and image; else the two-scale formula."""
+    """Classifier-free guidance. `image_guidance_scale` None: `scale` is that of text and image together."""
 
     scale: float = 7.5
-    image_scale: float | None = None
+    image_guidance_scale: float | None = None
     rescale: float = 0.0
 
     @property
     def branches(self) -> tuple[str, ...]:
         """The contexts to predict with: "full", "none" (neither text nor image), "image" (no text)."""
-        if self.image_scale is None:
+        if self.image_guidance_scale is None:
             return ("full",) if self.scale == 1 else ("full", "none")
         return ("full", "none", "image")
 
@@ -137,10 +137,10 @@ def guide(outputs: list[Tensor], guidance: Guidance) -> Tensor:
     if len(outputs) == 1:
         return full
     none, image = outputs[1], outputs[-1]
-    if guidance.image_scale is None:
+    if guidance.image_guidance_scale is None:
         guided = none + guidance.scale * (full - none)
     else:
-        guided = none + guidance.image_scale * (image - none) + guidance.scale * (full - image)
+        guided = none + guidance.image_guidance_scale * (image - none) + guidance.scale * (full - image)
     return rescale_guidance(guided, full, guidance.rescale) if guidance.rescale > 0 else guided
 
 

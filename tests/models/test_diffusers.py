@@ -17,7 +17,7 @@ from dcbench.clips import TemporalPolicy
 from dcbench.errors import UserError
 from dcbench.models.base import Request, Runtime, check_generated
 from dcbench.models.baselines import diffusers as family
-from dcbench.rundir import RunDirectory
+from dcbench.runs.directory import RunDirectory
 
 pytestmark = [
     # the Euler scheduler hands torch tensors to numpy in a way that numpy 2 comments on

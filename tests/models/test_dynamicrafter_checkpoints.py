@@ -15,7 +15,7 @@ from torch import Tensor
 from dcbench.catalogue import ModelCard, WeightSource
 from dcbench.errors import UserError
 from dcbench.models.base import Request, Runtime
-from dcbench.models.dynamicrafter import convert
+from dcbench.models.dynamicrafter import checkpoint
 from dcbench.models.dynamicrafter.config import VARIANTS, Config
 from dcbench.models.dynamicrafter.load import load
 from dcbench.models.dynamicrafter.networks import Networks
@@ -35,8 +35,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def released(networks: Networks) -> dict[str, Tensor]:
     """A file as it was released: with schedule buffers and the unused layers of the image tower."""
-    _, optional = convert.layout(networks.cfg)
-    buffers = convert.released_buffers(networks.cfg.diffusion)
+    _, optional = checkpoint.layout(networks.cfg)
+    buffers = checkpoint.released_buffers(networks.cfg.diffusion)
     extra = {key: buffers.get(key, torch.zeros(shape)) for key, shape in optional.items()}
     return networks.state_dict() | extra
 
@@ -64,32 +64,65 @@ LAYOUTS: dict[str, Callable[[dict[str, Tensor]], dict]] = {
 def test_every_released_layout_loads(layout: str, released: dict[str, Tensor], networks: Networks, tmp_path: Path):
     path = tmp_path / "model.ckpt"
     torch.save(LAYOUTS[layout](released), path)
-    loaded, schedule = convert.load_networks(path, networks.cfg)
+    loaded, schedule = checkpoint.load_networks(path, networks.cfg)
     assert torch.equal(forward(loaded), forward(networks))
     assert torch.equal(schedule.alphas_cumprod, released["alphas_cumprod"])
     assert not [name for name, tensor in loaded.named_buffers() if tensor.is_meta]
 
 
-def test_a_file_is_converted_once(released: dict[str, Tensor], networks: Networks, tmp_path: Path, cache: Path):
+def test_each_load_is_the_same_and_leaves_nothing_behind(
+    released: dict[str, Tensor], networks: Networks, tmp_path: Path, cache: Path
+):
     path = tmp_path / "model.ckpt"
     torch.save(released, path)
-    convert.load_networks(path, networks.cfg)
-    (made,) = (cache / "converted").iterdir()
-    assert made.suffix == ".safetensors"
-    before = made.stat().st_mtime_ns
-    loaded, _ = convert.load_networks(path, networks.cfg)
-    assert all(p.data_ptr() % 64 == 0 for p in loaded.parameters())  # else some processors round another way
-    assert made.stat().st_mtime_ns == before and torch.equal(forward(loaded), forward(networks))
+    for _ in range(2):
+        loaded, _ = checkpoint.load_networks(path, networks.cfg)
+        assert all(p.data_ptr() % 64 == 0 for p in loaded.parameters())  # else some processors round another way
+        assert torch.equal(forward(loaded), forward(networks))
+    assert [found.name for found in tmp_path.iterdir()] == ["model.ckpt"] and not cache.exists()
     changed = {**released, "model.diffusion_model.out.2.bias": torch.ones(3)}
     torch.save(changed, path)  # another file under the same name is not taken for the first
-    loaded, _ = convert.load_networks(path, networks.cfg)
+    loaded, _ = checkpoint.load_networks(path, networks.cfg)
     assert torch.equal(loaded.unet.get_parameter("out.2.bias"), torch.ones(3))
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="tells which memory is a file's on Linux alone")
+def test_a_zip_checkpoint_is_mapped_and_not_copied(released: dict[str, Tensor], networks: Networks, tmp_path: Path):
+    path = tmp_path / "model.ckpt"
+    torch.save(released, path)
+    loaded, _ = checkpoint.load_networks(path, networks.cfg)
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(path))]
+    ranges = [[int(end, 16) for end in line[0].split("-")] for line in lines]
+    assert all(any(low <= p.data_ptr() < high for low, high in ranges) for p in loaded.parameters())
+
+
+@pytest.mark.parametrize("kind", ["before PyTorch 1.6", "safetensors"])
+def test_other_kinds_of_files_load_to_the_same_bits(
+    kind: str, released: dict[str, Tensor], networks: Networks, tmp_path: Path
+):
+    path = tmp_path / ("model.safetensors" if kind == "safetensors" else "model.ckpt")
+    if kind == "safetensors":
+        save_file({key: value.contiguous() for key, value in networks.state_dict().items()}, path)
+    else:
+        torch.save(released, path, _use_new_zipfile_serialization=False)
+    loaded, _ = checkpoint.load_networks(path, networks.cfg)
+    assert all(p.data_ptr() % 64 == 0 for p in loaded.parameters())
+    assert torch.equal(forward(loaded), forward(networks))
+
+
+def test_a_large_file_is_told(
+    networks: Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(checkpoint, "SLOW", 1e3)
+    torch.save(networks.state_dict(), tmp_path / "model.ckpt")
+    checkpoint.load_networks(tmp_path / "model.ckpt", networks.cfg)
+    assert capsys.readouterr().err.startswith("reading model.ckpt (")
 
 
 def test_half_precision_safetensors_load_as_float32(networks: Networks, tmp_path: Path):
     path = tmp_path / "weights.safetensors"
     save_file({key: value.half().contiguous() for key, value in networks.state_dict().items()}, path)
-    loaded, schedule = convert.load_networks(path, networks.cfg)
+    loaded, schedule = checkpoint.load_networks(path, networks.cfg)
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     assert len(schedule.alphas_cumprod) == 1000  # the configuration's
 
@@ -98,7 +131,7 @@ def test_the_schedule_in_the_file_wins(released: dict[str, Tensor], networks: Ne
     released["alphas_cumprod"] = released["alphas_cumprod"] * 0.9
     torch.save(released, tmp_path / "model.ckpt")
     with pytest.warns(UserWarning, match="schedule differs.*the file's is used"):
-        _, schedule = convert.load_networks(tmp_path / "model.ckpt", networks.cfg)
+        _, schedule = checkpoint.load_networks(tmp_path / "model.ckpt", networks.cfg)
     assert torch.equal(schedule.alphas_cumprod, released["alphas_cumprod"])
 
 
@@ -107,7 +140,7 @@ def test_missing_unexpected_and_reshaped_keys_are_named(released: dict[str, Tens
     released["lora.up"] = torch.zeros(2)
     released["image_proj_model.latents"] = torch.zeros(1, 2, 3)
     with pytest.raises(UserError) as error:
-        convert.check(released, cfg, "model.ckpt")
+        checkpoint.check(released, cfg, "model.ckpt")
     said = str(error.value)
     assert "missing (1): model.diffusion_model.time_embed.0.weight" in said
     assert "unexpected (1): lora.up" in said
@@ -115,7 +148,7 @@ def test_missing_unexpected_and_reshaped_keys_are_named(released: dict[str, Tens
 
 
 def variant_tensors(name: str) -> dict[str, Tensor]:
-    needed, optional = convert.layout(VARIANTS[name])
+    needed, optional = checkpoint.layout(VARIANTS[name])
     tensors = {key: torch.empty(shape, device="meta") for key, shape in (needed | optional).items()}
     if (final := VARIANTS[name].diffusion.dynamic_rescale) is not None:
         tensors["scale_arr"] = torch.full((1400,), final)
@@ -124,20 +157,20 @@ def variant_tensors(name: str) -> dict[str, Tensor]:
 
 def test_a_512_file_for_the_256_model_is_recognised():
     with pytest.raises(UserError) as error:
-        convert.check(variant_tensors("512"), VARIANTS["256"], "model.ckpt")
+        checkpoint.check(variant_tensors("512"), VARIANTS["256"], "model.ckpt")
     assert "attn2.alpha" in str(error.value) and "scale_arr" in str(error.value)
     assert "It fits the variant 512" in str(error.value)
 
 
 def test_a_256_file_for_the_1024_model_is_recognised():
-    tensors = {convert.released_name(k): v for k, v in older_names(variant_tensors("256")).items()}
+    tensors = {checkpoint.released_name(k): v for k, v in older_names(variant_tensors("256")).items()}
     with pytest.raises(UserError, match="It fits the variant 256"):
-        convert.check(tensors, VARIANTS["1024"], "model.ckpt")
+        checkpoint.check(tensors, VARIANTS["1024"], "model.ckpt")
 
 
 def test_a_1024_file_for_the_512_model_is_told_by_its_schedule():
     with pytest.raises(UserError, match=r"rescales latents to 0\.30, as the variant 1024 does"):
-        convert.check(variant_tensors("1024"), VARIANTS["512"], "model.ckpt")
+        checkpoint.check(variant_tensors("1024"), VARIANTS["512"], "model.ckpt")
 
 
 def test_a_truncated_file_is_refused(released: dict[str, Tensor], cfg: Config, tmp_path: Path):
@@ -145,7 +178,7 @@ def test_a_truncated_file_is_refused(released: dict[str, Tensor], cfg: Config, t
     torch.save(released, path)
     path.write_bytes(path.read_bytes()[:10_000])
     with pytest.raises(UserError, match="truncated"):
-        convert.load_networks(path, cfg)
+        checkpoint.load_networks(path, cfg)
 
 
 def test_a_pickled_object_is_not_executed(cfg: Config, tmp_path: Path):
@@ -157,10 +190,10 @@ def test_a_pickled_object_is_not_executed(cfg: Config, tmp_path: Path):
 
     path.write_bytes(pickle.dumps({"state_dict": Attack()}))
     with pytest.raises(UserError, match="cannot be loaded safely"):
-        convert.load_networks(path, cfg)
+        checkpoint.load_networks(path, cfg)
     torch.save({"state_dict": Attack()}, path)
     with pytest.raises(UserError, match="cannot be loaded safely"):
-        convert.load_networks(path, cfg)
+        checkpoint.load_networks(path, cfg)
     assert not mark.exists()
 
 
@@ -208,7 +241,7 @@ def test_missing_weights_say_size_licence_and_place(card: ModelCard):
 
 
 def test_the_shipped_tiny_weights_are_those_of_their_card() -> None:
-    folder = Path(convert.__file__).parent / "tiny"
+    folder = Path(checkpoint.__file__).parent / "tiny"
     card = (folder / "README.md").read_text(encoding="utf-8")
     for name in ("weights.safetensors", "base.safetensors"):
         assert f"| `{name}`, sha256 | {hashlib.sha256((folder / name).read_bytes()).hexdigest()} |" in card
@@ -222,7 +255,7 @@ def test_the_shipped_tiny_weights_are_those_of_their_card() -> None:
 
 def test_the_papers_stages_left_the_shipped_base_s_temporal_layers_alone() -> None:
     """Half precision of the same bits; the spatial layers were tuned. `tiny-from-base` can begin with the file."""
-    folder = Path(convert.__file__).parent / "tiny"
+    folder = Path(checkpoint.__file__).parent / "tiny"
     base, tuned = (load_tensors(folder / f"{name}.safetensors") for name in ("base", "weights"))
     same = {name: torch.equal(base[name], tuned[name]) for name in base}
     roles = {name: parameter_role(name) for name in base}

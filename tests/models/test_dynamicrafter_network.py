@@ -13,12 +13,11 @@ from torch import Tensor
 
 from dcbench.errors import UserError
 from dcbench.models.diffusion import dynamic_scale
-from dcbench.models.dynamicrafter import convert
+from dcbench.models.dynamicrafter import checkpoint
 from dcbench.models.dynamicrafter.autoencoder import Autoencoder
 from dcbench.models.dynamicrafter.config import VARIANTS, AutoencoderConfig, Config, variant
 from dcbench.models.dynamicrafter.networks import Networks
 from dcbench.models.dynamicrafter.unet import UNet, parameter_role
-from dcbench.models.dynamicrafter.winograd import FrameConv
 
 MANIFESTS = Path(__file__).parents[1] / "data" / "parity" / "manifests.json.gz"
 
@@ -37,12 +36,12 @@ def inputs(cfg: Config, batch: int = 1, frames: int = 4, seed: int = 0) -> tuple
 def test_released_manifests_load_strictly(name: str):
     manifest = {k: tuple(v) for k, v in json.loads(gzip.decompress(MANIFESTS.read_bytes()))[name].items()}
     assert len(manifest) == (2535 if name == "256" else 2520)
-    needed, optional = convert.layout(VARIANTS[name])
+    needed, optional = checkpoint.layout(VARIANTS[name])
     assert needed | optional == manifest  # 0 missing, 0 unexpected, every shape equal
     tensors = {key: torch.empty(shape, device="meta") for key, shape in manifest.items()}
     if (final := VARIANTS[name].diffusion.dynamic_rescale) is not None:
         tensors["scale_arr"] = dynamic_scale(final, 1000)
-    convert.check(tensors, VARIANTS[name], "manifest")
+    checkpoint.check(tensors, VARIANTS[name], "manifest")
     with torch.device("meta"):
         networks = Networks(VARIANTS[name])
     networks.load_state_dict({key: tensors[key] for key in needed}, strict=True, assign=True)
@@ -106,7 +105,8 @@ def test_each_frame_reads_its_own_image_tokens_only_at_the_full_length(networks:
 @torch.no_grad()
 def test_image_scale_reads_and_sets_lambda_by_layer(networks: Networks):
     scale, unet = networks.image_scale, networks.unet
-    assert len(scale) == 7 and scale.values() == [1.0] * 7  # zero gates: tanh(0) + 1
+    assert len(scale) == 7 == networks.cfg.unet.cross_attentions
+    assert scale.values() == [1.0] * 7  # zero gates: tanh(0) + 1
     unet.cross_attentions()[2].alpha.fill_(0.5)
     assert scale[3] == pytest.approx(1 + 0.46212, abs=1e-4)
     x, t, context, fs = inputs(networks.cfg)
@@ -119,7 +119,8 @@ def test_image_scale_reads_and_sets_lambda_by_layer(networks: Networks):
         scale[layer] = 0.0
     text_only = unet(x, t, context[:, :77], fs)
     torch.testing.assert_close(unet(x, t, context, fs), text_only)  # λ = 0 is no image at all
-    scale.reset()
+    for layer in range(1, 8):
+        del scale[layer]
     assert torch.equal(unet(x, t, context, fs), learned)
     with pytest.raises(UserError, match="layers 1 to 7"):
         scale[8] = 1.0
@@ -133,6 +134,7 @@ def test_the_sixteen_layers_are_numbered_as_in_the_paper():
     blocks = [names[id(layer)].split(".transformer_blocks")[0] for layer in unet.cross_attentions()]
     inputs = [f"input_blocks.{k}.1" for k in (1, 2, 4, 5, 7, 8)]
     assert blocks == [*inputs, "middle_block.1", *(f"output_blocks.{k}.1" for k in range(3, 12))]
+    assert len(blocks) == VARIANTS["256"].unet.cross_attentions
 
 
 def test_the_unet_trains(networks: Networks):
@@ -164,21 +166,6 @@ def test_the_autoencoder_trains_with_any_number_of_latent_channels():
     ).square().mean() + 1e-6 * posterior.kl().mean()
     loss.backward()
     assert all(p.grad is not None for p in network.parameters())
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(("n", "i", "o", "h", "w"), [(3, 8, 12, 4, 6), (70, 5, 3, 2, 2), (2, 4, 4, 16, 8)])
-def test_the_other_convolution_is_the_same(monkeypatch: pytest.MonkeyPatch, n: int, i: int, o: int, h: int, w: int):
-    monkeypatch.setattr(FrameConv, "narrowest", 1)
-    conv, x = FrameConv(i, o), random(n, i, h, w)
-    for scale in (1, 2):  # a change of the weights is seen
-        conv.weight.mul_(scale)
-        expected = torch.nn.functional.conv2d(x.double(), conv.weight.double(), conv.bias.double(), padding=1)  # type: ignore[union-attr]
-        torch.testing.assert_close(conv(x), expected.float(), rtol=1e-5, atol=1e-5)
-    assert conv._transformed is not None
-    assert conv(random(1, i, 5, 4)).shape == (1, o, 5, 4)  # odd sides go the usual way
-    with torch.enable_grad():
-        assert conv(x).requires_grad
 
 
 @torch.no_grad()

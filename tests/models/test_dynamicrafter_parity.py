@@ -3,14 +3,13 @@
 import os
 from pathlib import Path
 
+import parity
 import pytest
 import torch
+from parity import Recording
 from safetensors.torch import load_file, save_file
 
-from dcbench.models.dynamicrafter import parity
 from dcbench.models.dynamicrafter.networks import Networks
-from dcbench.models.dynamicrafter.parity import Recording
-from dcbench.models.dynamicrafter.winograd import FrameConv
 
 PROJECT = Path(__file__).parents[2]
 KEPT = PROJECT / "tests" / "data" / "parity"
@@ -98,15 +97,6 @@ SLOW = {"ddim"}
 def test_whole_recording(group: str):
     with torch.no_grad():
         check(list(parity.GROUPS[group](Recording(WHOLE))), 1)
-
-
-@pytest.mark.skipif(not WHOLE.is_dir(), reason="no whole recording here: set DCBENCH_PARITY")
-def test_whole_recording_by_the_other_convolution(monkeypatch: pytest.MonkeyPatch):
-    """Winograd's convolutions, taken for wide layers only, stay within the bounds in every layer."""
-    monkeypatch.setattr(FrameConv, "narrowest", 1)
-    with torch.no_grad():
-        recording = Recording(WHOLE)
-        check([*parity.unet_blocks(recording), *parity.unet_forward(recording)], 29)
 
 
 def test_the_command_sees_an_error(kept: Recording, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -14,7 +14,7 @@ from dcbench.errors import UserError
 from dcbench.models.base import ImageToVideo, Request, Runtime, check_generated
 from dcbench.models.diffusion import make_schedule
 from dcbench.models.dynamicrafter.networks import Networks
-from dcbench.models.dynamicrafter.pipeline import DynamiCrafter, Options, Sampling
+from dcbench.models.dynamicrafter.pipeline import DynamiCrafter, ModelOptions, Sampling
 
 RequestOf = Callable[..., Request]
 
@@ -22,9 +22,10 @@ RequestOf = Callable[..., Request]
 def build(
     card: ModelCard, networks: Networks, sampling: Sampling | None = None, runtime: Runtime | None = None, **options
 ):
-    networks.image_scale.reset()
+    for layer in range(1, len(networks.image_scale) + 1):
+        del networks.image_scale[layer]
     schedule = make_schedule(**dataclasses.asdict(networks.cfg.diffusion))
-    return DynamiCrafter(card, networks, schedule, sampling or Sampling(steps=3), Options(**options), runtime)
+    return DynamiCrafter(card, networks, schedule, sampling or Sampling(steps=3), ModelOptions(**options), runtime)
 
 
 def far(a: Tensor, b: Tensor) -> int:
@@ -80,7 +81,9 @@ def test_trap_09_fps_and_frame_stride_are_two_things(card: ModelCard, networks: 
 
 def test_progress_is_reported(card: ModelCard, networks: Networks, request_of: RequestOf):
     told: list[tuple[int, int]] = []
-    build(card, networks).generate([request_of()], lambda done, total: told.append((done, total)))
+    model = build(card, networks)
+    model.on_step = lambda done, total: told.append((done, total))
+    model.generate([request_of()])
     assert told == [(1, 3), (2, 3), (3, 3)]
 
 

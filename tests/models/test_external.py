@@ -16,14 +16,16 @@ import numpy as np
 import pytest
 import torch
 
-from dcbench import planning, run, video
+from dcbench import video
 from dcbench.catalogue import find_dataset, find_model, with_overrides
 from dcbench.cli import main
 from dcbench.errors import UserError
 from dcbench.models.base import Request, Runtime
 from dcbench.models.baselines import adapters, external
 from dcbench.protocol import find_protocol
-from dcbench.rundir import RunDirectory
+from dcbench.runs import planning, sampling
+from dcbench.runs.directory import RunDirectory
+from dcbench.runs.run import Options, Run
 
 # A model in the standard library alone: frame k of a clip is the grey (seed + k) % 256. `fault.txt` beside it says
 # what goes wrong with which clip.
@@ -97,29 +99,28 @@ def program(tmp_path: Path, other_python: str):
     return made
 
 
-def plan(program, limit: int = 4) -> planning.Job:
+def plan(program, limit: int = 4) -> Run:
     protocol = find_protocol("smoke").model_copy(update={"height": 32, "width": 32, "datasets": {}})
     card = find_model(program.card)
     return planning.plan(card, find_dataset("shapes"), protocol, out=program.folder / "run", limit=limit, quiet=True)
 
 
-QUIET = run.Options(device="cpu", quiet=True)
+QUIET = Options(device="cpu", quiet=True)
 
 
-def is_right(job: planning.Job) -> bool:
+def is_right(job: Run) -> bool:
     """Every clip is there, and is that of its own request."""
-    rows = job.directory.finished_samples()
-    clips = {entry.id: run.generated_clip(job, entry, rows[entry.id]) for entry in job.manifest}
+    clips = {entry.id: job.generated(entry) for entry in job.cases}
     return all(
-        clips[entry.id][:, 0, 0, 0].tolist() == [(entry.seed + k) % 256 for k in range(16)] for entry in job.manifest
+        clips[entry.id][:, 0, 0, 0].tolist() == [(entry.seed + k) % 256 for k in range(16)] for entry in job.cases
     )
 
 
 def test_a_program_in_another_environment_is_run_once_for_all_clips(program, other_python):
     job = plan(program)
-    run.sample(job, QUIET)
+    sampling.sample(job, QUIET)
     assert is_right(job)
-    assert program.times_made() == [entry.id for entry in job.manifest]
+    assert program.times_made() == [entry.id for entry in job.cases]
     log = (job.directory.path / "work" / "program-0.log").read_text()
     assert log.count("python ") == 1
     assert str(Path(other_python).parent.parent) in log
@@ -158,16 +159,16 @@ def test_a_crash_on_the_third_clip_keeps_two_and_resumes(program, monkeypatch, c
 
 def test_fifteen_of_sixteen_frames_are_named_and_made_again(program):
     job = plan(program)
-    short = job.manifest[1].id
+    short = job.cases[1].id
     program.fault("short", short)
     with pytest.raises(UserError, match=rf"clip {short} is not usable: 15 frames .* do not hold 16") as error:
-        run.sample(job, QUIET)
+        sampling.sample(job, QUIET)
     assert "the program ended with code 0" in str(error.value)
     assert len(job.directory.finished_samples()) == 1
     program.fault()
-    run.sample(plan(program), QUIET)
+    sampling.sample(plan(program), QUIET)
     assert is_right(job)
-    assert sorted(program.times_made()) == sorted([*(entry.id for entry in job.manifest), short])  # the short one twice
+    assert sorted(program.times_made()) == sorted([*(entry.id for entry in job.cases), short])  # the short one twice
 
 
 def alive(pid: int) -> bool:
@@ -184,12 +185,12 @@ def test_a_hang_is_ended_with_all_its_children_and_resumed(program):
     program.fault("hang", 2)
     start = time.monotonic()
     with pytest.raises(UserError, match=r"wrote no new file for 2 seconds \(options.timeout\) and was stopped"):
-        run.sample(job, QUIET)
+        sampling.sample(job, QUIET)
     assert time.monotonic() - start < 60
     assert len(job.directory.finished_samples()) == 2
     assert not alive(int((program.folder / "fault.txt.child").read_text()))
     program.fault()
-    run.sample(plan(program), QUIET)
+    sampling.sample(plan(program), QUIET)
     assert is_right(job)
     assert len(program.times_made()) == 4
 
@@ -221,16 +222,16 @@ def test_ctrl_c_ends_the_program_and_the_run_continues(program, monkeypatch, cap
 
 def test_clips_that_finished_behind_a_missing_one_are_not_made_again(program):
     job = plan(program)
-    for index, entry in enumerate(job.manifest):
+    for index, entry in enumerate(job.cases):
         if index != 1:
             external_clip(job.directory.path / "work" / "output", entry)
-    program.fault("crash", job.manifest[1].id)
+    program.fault("crash", job.cases[1].id)
     with pytest.raises(UserError, match="has no output"):
-        run.sample(job, QUIET)
+        sampling.sample(job, QUIET)
     program.fault()
-    run.sample(plan(program), QUIET)
+    sampling.sample(plan(program), QUIET)
     assert is_right(job)
-    assert program.times_made() == [job.manifest[1].id]
+    assert program.times_made() == [job.cases[1].id]
 
 
 def external_clip(output: Path, entry) -> None:

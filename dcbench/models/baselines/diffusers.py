@@ -20,12 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcbench.catalogue import Facts, ModelCard, Scalar, WeightSource, validate
+from dcbench.catalogue import ModelCard, Scalar, WeightSource
 from dcbench.clips import TemporalPolicy, choose_in_time, resize, to_uint8
-from dcbench.errors import UserError, near_match
+from dcbench.errors import UserError, first_line, near_match
+from dcbench.facts import Facts, validate
 from dcbench.models.base import Request, Runtime
 from dcbench.seeding import generator
-from dcbench.weights import MissingWeights, check_free, describe, first_line
+from dcbench.weights import MissingWeights, check_free, describe
 
 Policy = Literal["squash", "pad", "crop", "same_area"]
 MINIMUM = (0, 42)  # the first that was tried; older ones overlook `dtype` and load everything in float32

@@ -27,12 +27,13 @@ from PIL import Image
 from torch import Tensor
 
 from dcbench import video
-from dcbench.catalogue import Facts, ModelCard, validate
+from dcbench.catalogue import ModelCard
 from dcbench.clips import TemporalPolicy, choose_in_time, resize
 from dcbench.errors import UserError
+from dcbench.facts import Facts, validate
+from dcbench.files import atomic_write
 from dcbench.models.base import Request, Runtime
 from dcbench.progress import track
-from dcbench.weights import atomic_write
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 LAST_LINES = 15

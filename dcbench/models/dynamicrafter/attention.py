@@ -77,7 +77,7 @@ class TemporalAttention(SelfAttention):
         return self.to_out(out.reshape(x.shape[0], x.shape[1], -1))
 
     def _by_time(self, x: Tensor, frames: int) -> Tensor:
-        """[(b t), s, (heads d)] -> [b, (s heads), t, d], a view: positions and heads are alike here."""
+        """[(b t), s, (heads d)] -> [b, (s heads), t, d], a view: each position and head is a sequence of frames."""
         return x.reshape(-1, frames, x.shape[1] * self.heads, x.shape[2] // self.heads).transpose(1, 2)
 
 
@@ -216,13 +216,13 @@ class SpatialTransformer(nn.Module):
 
 
 class TemporalTransformer(nn.Module):
-    """Transformer over the frames at each position, without positions: order comes from the temporal convolutions."""
+    """Transformer over the frames at each position. It has no position code: temporal convolutions give the order."""
 
     def __init__(self, cfg: UNetConfig, channels: int, heads: int, conv_projection: bool = False) -> None:
         super().__init__()
         inner = heads * cfg.head_channels
         self.norm = nn.GroupNorm(cfg.norm_groups, channels, eps=1e-6)
-        # The released first layer stores its projections as convolutions of width 1: the same map, another shape.
+        # The released first layer stores its projections as convolutions of width 1; they compute the same.
         self.proj_in = PointwiseConv(channels, inner) if conv_projection else nn.Linear(channels, inner)
         self.transformer_blocks = nn.ModuleList(
             TemporalBlock(inner, heads, cfg.head_channels) for _ in range(cfg.transformer_depth)
@@ -238,7 +238,7 @@ class TemporalTransformer(nn.Module):
 
 
 class PointwiseConv(nn.Conv1d):
-    """A convolution of width 1, applied to tokens [..., c] as the matrix that it is."""
+    """A convolution of width 1, computed as a matrix product of tokens [..., c]."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 1)

@@ -1,4 +1,4 @@
-"""CLIP's two towers as DynamiCrafter reads them, over open_clip's modules; the loops are ours.
+"""CLIP's two towers as DynamiCrafter reads them: open_clip's modules, called by loops of our own.
 
 Text: the last layer but one, then the final norm. Image: all visual tokens of the last layer, without norm or
 projection. (The released wrappers break under open_clip >= 2.24, which moved the batch axis.)
@@ -46,7 +46,7 @@ def _tokenizer() -> SimpleTokenizer:
 
 
 def count_tokens(prompt: str) -> int:
-    """Byte pairs of a prompt, the two marks around it included."""
+    """Byte pairs of a prompt, with its start and end marks."""
     return len(_tokenizer().encode(prompt)) + 2
 
 

@@ -42,6 +42,12 @@ class UNetConfig:
     norm_groups: int = 32
     dropout: float = 0.1
 
+    @property
+    def cross_attentions(self) -> int:
+        """How many layers have a λ: those of the input blocks, of the middle and of the output blocks."""
+        levels = sum(2**level in self.attention_resolutions for level in range(len(self.channel_mult)))
+        return self.transformer_depth * ((2 * self.num_res_blocks + 1) * levels + 1)
+
 
 @dataclass(frozen=True)
 class AutoencoderConfig:

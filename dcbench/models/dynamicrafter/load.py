@@ -10,10 +10,11 @@ from dcbench.catalogue import ModelCard
 from dcbench.errors import UserError
 from dcbench.models import diffusion
 from dcbench.models.base import Runtime
+from dcbench.models.dynamicrafter.checkpoint import load_networks
 from dcbench.models.dynamicrafter.config import Config, variant
-from dcbench.models.dynamicrafter.convert import load_networks
+from dcbench.models.dynamicrafter.image_scale import check_factors
 from dcbench.models.dynamicrafter.networks import Networks
-from dcbench.models.dynamicrafter.pipeline import DynamiCrafter, Options, Sampling, settings
+from dcbench.models.dynamicrafter.pipeline import DynamiCrafter, ModelOptions, Sampling, settings
 
 PACKAGE = Path(__file__).parent
 
@@ -21,17 +22,18 @@ PACKAGE = Path(__file__).parent
 def load(card: ModelCard, runtime: Runtime) -> DynamiCrafter:
     """The model of a card. Everything cheap is checked before the weights are fetched and read.
 
-    The card's options, beside those of `Options`: `variant` (a preset's name) with the card's [[weights]]; or `folder`
-    (config.json and weights.safetensors, as `dcbench train` writes them; below this package, or any path); and
-    `random_seed` for a variant with random weights, which makes noise.
+    The card's options are those of `ModelOptions`, and one of these two:
+    `variant`: a preset's name, with the card's [[weights]], or with `random_seed` for random weights, which make noise;
+    `folder`: of config.json and weights.safetensors, as `dcbench train` writes them; below this package, or any path.
     """
     options = dict(card.options)
     name, folder, seed = (options.pop(key, None) for key in ("variant", "folder", "random_seed"))
-    chosen: Options = settings(Options, options, "options")
+    chosen: ModelOptions = settings(ModelOptions, options, "options")
     sampling: Sampling = settings(Sampling, card.sampling, "sampling")
     if (name is None) == (folder is None):
         raise UserError(f"{card.name}: give options.variant (with weights) or options.folder, one of the two")
     cfg = read_config(folder) if folder is not None else variant(name)
+    check_factors(chosen.image_scale_factors, cfg.unet.cross_attentions)
     schedule = diffusion.make_schedule(**dataclasses.asdict(cfg.diffusion))
     diffusion.ddim_steps(schedule, sampling.steps, sampling.spacing, sampling.eta)
     if seed is not None:

@@ -8,8 +8,8 @@ import contextlib
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -22,7 +22,8 @@ from dcbench.models import diffusion
 from dcbench.models.base import Request, Runtime
 from dcbench.models.diffusion import Guidance, Schedule
 from dcbench.models.dynamicrafter import conditioning
-from dcbench.models.dynamicrafter.networks import ImageScale, Networks
+from dcbench.models.dynamicrafter.image_scale import ImageScale
+from dcbench.models.dynamicrafter.networks import Networks
 from dcbench.seeding import generator
 
 Progress = Callable[[int, int], None]  # steps done, all steps
@@ -45,16 +46,18 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Options:
-    """What may be knocked out, and how the model is run; part of a card's [options] table.
+class ModelOptions:
+    """Conditions that can be switched off, and how the model is run; part of a card's [options] table.
 
     context: "full", "class_token" (the query transformer reads only CLIP's class token), "none" (text alone).
-    image_scale: λ of every layer, None = as learned. vdg: the image latents beside the noise.
+    vdg: the image latents beside the noise. image_scale: λ of every layer, None = as learned.
+    image_scale_factors: a layer group of image_scale.py -> the factor on its λ; none = no change.
     """
 
     context: Literal["full", "class_token", "none"] = "full"
     vdg: bool = True
     image_scale: float | None = None
+    image_scale_factors: Mapping[str, float] = field(default_factory=dict)
     decode_chunk: int = 4  # frames decoded at once; 0 = all
     offload: bool = False  # networks stay on the CPU and visit the device when they are needed
     batch_guidance: bool = True  # the branches of guidance in one batch: faster, more memory
@@ -62,13 +65,16 @@ class Options:
 
 
 def settings(kind: type, given: dict[str, Any], what: str) -> Any:
-    """A dataclass from a card's table; unknown names and wrong types are errors with the allowed ones."""
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+    """A dataclass from a card's table; every field has a default, whose type is the one allowed (None: a float).
+
+    Unknown names and wrong types are errors with the allowed ones.
+    """
+    fields = dataclasses.asdict(kind())
     for name, value in given.items():
         if name not in fields:
             allowed = ", ".join(fields)
             raise UserError(f"{what}.{name}: unknown.{near_match(name, fields)} Allowed: {allowed}")
-        wanted = type(fields[name].default) if fields[name].default is not None else float
+        wanted = float if fields[name] is None else type(fields[name])
         same = isinstance(value, bool) == (wanted is bool)
         if not (same and isinstance(value, (int, float) if wanted is float else wanted)):
             raise UserError(f"{what}.{name} = {value!r}: expected {wanted.__name__}")
@@ -94,13 +100,13 @@ class DynamiCrafter:
         networks: Networks,
         schedule: Schedule,
         sampling: Sampling | None = None,
-        options: Options | None = None,
+        options: ModelOptions | None = None,
         runtime: Runtime | None = None,
     ) -> None:
         self.card, self.networks, self.schedule = card, networks, schedule
         self.conditions_on = frozenset(card.conditions_on)
         self.cfg = networks.cfg
-        self.sampling, self.options = sampling or Sampling(), options or Options()
+        self.sampling, self.options = sampling or Sampling(), options or ModelOptions()
         self.runtime = runtime or Runtime()
         self.device = torch.device(self.runtime.device)
         if self.options.context not in ("full", "class_token", "none"):
@@ -111,6 +117,7 @@ class DynamiCrafter:
         if self.options.image_scale is not None:
             for layer in range(1, len(self.image_scale) + 1):
                 self.image_scale[layer] = self.options.image_scale
+        self.image_scale.multiply(self.options.image_scale_factors)
         networks.eval().requires_grad_(False)
         if not self.options.offload:
             networks.to(self.device)
@@ -118,6 +125,7 @@ class DynamiCrafter:
         if self.options.compile:
             self._predict = torch.compile(networks.unet, mode="reduce-overhead" if self.device.type == "cuda" else None)
         self.empty_tokens = conditioning.tokenize([""], self.cfg.clip)
+        self.on_step: Progress | None = None
         self._unconditional: dict[str, Tensor] = {}
 
     @property
@@ -218,7 +226,7 @@ class DynamiCrafter:
 
     # ---- requests
 
-    def generate(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Tensor]:
+    def generate(self, requests: Sequence[Request]) -> list[Tensor]:
         """Clips uint8 [t, 3, H, W] at the model's size; a request for fewer frames gets the first ones."""
         if not requests:
             return []
@@ -245,13 +253,23 @@ class DynamiCrafter:
             ends = torch.cat([clips.to_float(clips.resize(image, *size)) for image in given])
         tokens = conditioning.tokenize([request.prompt for request in requests], self.cfg.clip)
         fs = torch.tensor([self.fs(request) for request in requests])
-        video = self.sample(images, tokens, fs, self.draws([request.seed for request in requests]), ends, progress)
+        draws = self.draws([request.seed for request in requests])
+        video = self.sample(images, tokens, fs, draws, ends, self.on_step)
         made = clips.to_uint8(video.transpose(1, 2).cpu(), truncate=True)
         if not bool(torch.isfinite(video).all()):
             raise UserError(
                 f"{self.card.name} made NaN or infinity; try dtype float32 in place of {self.runtime.dtype}"
             )
         return [clip[: request.num_frames] for clip, request in zip(made, requests, strict=True)]
+
+    def with_motion(self, request: Request, motion: int | None) -> Request:
+        """The request with this frame stride or fps, whichever the model takes; see `TakesMotion`."""
+        given = self.cfg.fs if motion is None else motion
+        low, high = self.cfg.fs_range
+        if not low <= given <= high:
+            meaning = self.cfg.fs_meaning
+            raise UserError(f"--motion {given}: {self.card.name} was trained with a {meaning} of {low} to {high}")
+        return dataclasses.replace(request, num_frames=self.cfg.num_frames, fps=float(given), frame_stride=given)
 
     def fs(self, request: Request) -> int:
         """The U-Net's motion condition: the frame stride for the 256 model, frames per second for the others."""
@@ -260,7 +278,7 @@ class DynamiCrafter:
         return self.cfg.fs if request.frame_stride is None else request.frame_stride
 
     def draws(self, seeds: Sequence[int]) -> Draws:
-        """One generator a clip and use, on the CPU: the same noise in every batch and on every device."""
+        """Noise of the clips, from one CPU generator for each clip and use: the same in any batch, on any device."""
         factor, channels = self.cfg.autoencoder.factor, self.cfg.autoencoder.latent_channels
         shape = (channels, self.cfg.height // factor, self.cfg.width // factor)
 

@@ -1,4 +1,4 @@
-"""The 3-D U-Net: spatial layers work on each frame, temporal ones along the frames; parts separable by name.
+"""The 3-D U-Net: spatial layers work on each frame, temporal ones along the frames.
 
 Activations are [(b t), c, h, w] in channels-last memory. Attribute names (one is misspelt) are those of the released
 checkpoints, so that a released state dict loads strictly.
@@ -22,7 +22,6 @@ from dcbench.models.dynamicrafter.attention import (
     zero,
 )
 from dcbench.models.dynamicrafter.config import UNetConfig
-from dcbench.models.dynamicrafter.winograd import FrameConv
 
 Context = Sequence[Sequence[KeysValues]]  # by spatial transformer, by block
 Role = Literal["context", "temporal", "spatial"]
@@ -109,14 +108,16 @@ class ResBlock(nn.Module):
     def __init__(self, cfg: UNetConfig, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.in_layers = nn.Sequential(
-            nn.GroupNorm(cfg.norm_groups, in_channels), nn.SiLU(), FrameConv(in_channels, out_channels)
+            nn.GroupNorm(cfg.norm_groups, in_channels),
+            nn.SiLU(),
+            nn.Conv2d(in_channels, out_channels, 3, padding=1),
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(4 * cfg.model_channels, out_channels))
         self.out_layers = nn.Sequential(
             nn.GroupNorm(cfg.norm_groups, out_channels),
             nn.SiLU(),
             nn.Dropout(cfg.dropout),
-            zero(FrameConv(out_channels, out_channels)),
+            zero(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
         )
         same = in_channels == out_channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
@@ -140,14 +141,14 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = FrameConv(channels, channels)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
 class Block(nn.Sequential):
-    """One entry of the U-Net: each layer gets what it needs."""
+    """One entry of the U-Net: passes each layer the inputs of its kind."""
 
     def forward(self, x: Tensor, emb: Tensor, context: Context, frames: int) -> Tensor:  # type: ignore[override]
         for layer in self:
@@ -232,8 +233,8 @@ class UNet(nn.Module):
         """Predict from a noisy clip.
 
         x [b, 8, t, h, w]: noisy latents and image latents; timesteps [b]; context [(n b), l, d], or what
-        `project_context` made of it; fs [b] (`default_fs` when None). Returns [(n b), 4, t, h, w]. n > 1 are the
-        branches of guidance, which share everything before the first cross-attention.
+        `project_context` made of it; fs [b] (`default_fs` when None). Returns [(n b), 4, t, h, w], for n branches of
+        guidance. They share everything before the first cross-attention.
         """
         frames = x.shape[2]
         if isinstance(context, Tensor):

@@ -17,8 +17,7 @@ from torch import Tensor
 from dcbench import video
 from dcbench.catalogue import ModelCard, cards, load_entry_point
 from dcbench.errors import UserError, near_match
-from dcbench.models.base import ImageToVideo, Request, Runtime, check_generated
-from dcbench.models.dynamicrafter.pipeline import DynamiCrafter
+from dcbench.models.base import ImageToVideo, ReportsSteps, Request, Runtime, TakesMotion, check_generated
 from dcbench.progress import track
 from dcbench.seeding import clip_seed
 
@@ -170,19 +169,15 @@ def tell(
 
 def make(model: ImageToVideo, scene: Scene, image: Tensor, fps: float, motion: int | None, what: str | None) -> Tensor:
     """The clip of a scene that begins with `image`; uint8 [t, 3, h, w]. `what` names it in the progress shown."""
-    condition_fps, stride, frames = fps, None, model.card.clip.frames or 16
-    if isinstance(model, DynamiCrafter):
-        given = model.cfg.fs if motion is None else motion
-        low, high = model.cfg.fs_range
-        if not low <= given <= high:
-            meaning = model.cfg.fs_meaning
-            raise UserError(f"--motion {given}: {model.card.name} was trained with a {meaning} of {low} to {high}")
-        condition_fps, stride, frames = float(given), given, model.cfg.num_frames
+    frames = model.card.clip.frames or 16
+    request = Request("animation", image, scene.prompt, frames, fps, None, scene.seed or 0, scene.end_image)
+    if isinstance(model, TakesMotion):
+        request = model.with_motion(request, motion)
     elif motion is not None:
         raise UserError(f"--motion: {model.card.name} has no such condition")
-    request = Request("animation", image, scene.prompt, frames, condition_fps, stride, scene.seed or 0, scene.end_image)
-    shown: dict[str, Any] = {"progress": _Steps(what)} if what and isinstance(model, DynamiCrafter) else {}
-    (clip,) = model.generate([request], **shown)
+    if isinstance(model, ReportsSteps):
+        model.on_step = _Steps(what) if what else None
+    (clip,) = model.generate([request])
     return check_generated(clip, request, model.card.name)
 
 
@@ -201,7 +196,7 @@ class _Steps:
 
 
 def _check_out(out: Path, fps: float) -> None:
-    """What can be said of the output before anything is computed."""
+    """Raise UserError for a speed or a file that cannot be written."""
     if not 0 < fps <= 240:
         raise UserError(f"--fps {fps}: give a number above 0, up to 240")
     if out.suffix.lower() not in video.WRITERS:
@@ -213,7 +208,7 @@ def _check_out(out: Path, fps: float) -> None:
 
 
 def _check_ends(card: ModelCard, has_end: bool, what: str) -> None:
-    """A model fills in between two pictures, or it does not; say which do."""
+    """Raise UserError if an end image is given to a model without one, or missing; it names models that fit."""
     can = "end_image" in card.conditions_on
     if has_end == can:
         return

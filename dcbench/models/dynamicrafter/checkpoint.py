@@ -1,4 +1,4 @@
-"""Checkpoints: read strictly, every key accounted for, converted once to safetensors in the cache.
+"""Checkpoints: read strictly, every key accounted for; a PyTorch zip file is mapped into memory, not copied.
 
 Accepted layouts of the released files: a plain state dict, one below "state_dict", a DeepSpeed one below "module"
 with a `_forward_module.` prefix, and the 256 model's older name of the fps embedding (`RENAMED`).
@@ -6,8 +6,7 @@ with a `_forward_module.` prefix, and the 256 model's older name of the fps embe
 
 import dataclasses
 import functools
-import hashlib
-import shutil
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from dcbench.errors import UserError
 from dcbench.models.diffusion import Schedule, make_betas, make_schedule
 from dcbench.models.dynamicrafter.config import VARIANTS, Config, DiffusionConfig
 from dcbench.models.dynamicrafter.networks import Networks
-from dcbench.weights import cache_dir, human_size, load_tensors, save_tensors
+from dcbench.weights import human_size, load_tensors
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -31,13 +30,14 @@ BUFFERS = (
     *("posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2"),
 )
 SCALE = "scale_arr"
+SLOW = 1e9  # bytes; reading a larger file is told on stderr
 
 
 @functools.cache
 def layout(cfg: Config) -> tuple[Shapes, Shapes]:
     """(needed, optional) keys and shapes of a released checkpoint; together they are all of them.
 
-    Optional: the schedule, which the configuration gives too, and text layers that hang unused on the image tower.
+    Optional: the schedule, which the configuration gives too, and text layers that the image tower holds without use.
     """
     with torch.device("meta"):
         networks = Networks(cfg)
@@ -98,13 +98,13 @@ def compare(shapes: Mapping[str, tuple[int, ...]], cfg: Config) -> Differences:
 def recognise(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     """The variants that a file of these keys and shapes fits (those of 512 x 320 and 1024 x 576 have the same keys)."""
     fitting = [name for name, cfg in VARIANTS.items() if not compare(shapes, cfg)]
-    if SCALE in shapes:  # the schedule tells the variants without gates from one that never had the buffer
+    if SCALE in shapes:  # a buffer of the variants that rescale latents, and of them alone
         return [name for name in fitting if VARIANTS[name].diffusion.dynamic_rescale is not None]
     return fitting
 
 
 def check(tensors: Mapping[str, Tensor], cfg: Config, source: str) -> None:
-    """Raise UserError unless the tensors fit; it names the first keys and, if it is one, the right variant."""
+    """Raise UserError unless the tensors fit; it names the first wrong keys, and the variant that would fit."""
     shapes = {key: tuple(value.shape) for key, value in tensors.items()}
     if differences := compare(shapes, cfg):
         lines = [f"{source} is no checkpoint of this variant."]
@@ -129,7 +129,7 @@ def _near(a: float | None, b: float) -> bool:
 
 
 def schedule_of(tensors: Mapping[str, Tensor], cfg: DiffusionConfig, source: str) -> Schedule:
-    """The configuration's schedule, or the file's own where it has one: that is what the model was trained with."""
+    """The schedule in the file, which the model was trained with; without one, that of the configuration."""
     own = make_schedule(**dataclasses.asdict(cfg))
     if "alphas_cumprod" not in tensors:
         return own
@@ -176,36 +176,19 @@ def released_buffers(cfg: DiffusionConfig) -> dict[str, Tensor]:
 
 
 def read(path: Path, cfg: Config) -> dict[str, Tensor]:
-    """The tensors of a checkpoint under current names, checked; a PyTorch file is converted to safetensors once."""
-    if path.suffix == ".safetensors":
-        tensors = {released_name(key): value for key, value in load_tensors(path).items()}
-        check(tensors, cfg, str(path))
-        return tensors
-    status = path.stat() if path.is_file() else None
-    mark = hashlib.sha256(f"{path.resolve()} {status and (status.st_size, status.st_mtime_ns)}".encode()).hexdigest()
-    converted = cache_dir() / "converted" / f"{path.stem}-{mark[:16]}.safetensors"
-    if converted.is_file():
-        return read(converted, cfg)
+    """The tensors of a checkpoint under their current names, as stored; UserError unless they fit the configuration."""
+    if path.is_file() and path.stat().st_size > SLOW:
+        print(f"reading {path.name} ({human_size(path.stat().st_size)})", file=sys.stderr, flush=True)
     tensors = {released_name(key): value for key, value in load_tensors(path).items()}
     check(tensors, cfg, str(path))
-    needed, _ = layout(cfg)
-    kept = {key: value for key, value in tensors.items() if key in needed or key in (*BUFFERS, SCALE)}
-    size = sum(value.nbytes for value in kept.values())
-    converted.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(converted.parent).free
-    if free > 1.05 * size:
-        save_tensors(kept, converted, {"source": path.name})
-    else:
-        warnings.warn(
-            f"{path.name} is not converted to safetensors: that needs {human_size(size)} in {converted.parent}, "
-            f"{human_size(free)} are free. It loads more slowly so",
-            stacklevel=2,
-        )
-    return kept
+    return tensors
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """At an address as PyTorch's own: a safetensors file is mapped at any, and matrix products round by address."""
+    """The tensor at a multiple of 64 bytes, where PyTorch puts its own: matrix products round by address.
+
+    Zip checkpoints hold their tensors so, and are mapped without a copy. A safetensors file may hold them anywhere.
+    """
     return tensor if tensor.data_ptr() % 64 == 0 else tensor.clone()
 
 
