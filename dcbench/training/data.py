@@ -1,31 +1,31 @@
-"""Training clips: drawn from any dataset by number, so that clip k is the same on every machine and in every run."""
+"""Training clips of any dataset. They have numbers, and clip k is the same on every machine and in every run."""
 
+import copy
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dcbench import clips
 from dcbench.datasets.base import Item, VideoError
 from dcbench.errors import UserError
 from dcbench.seeding import clip_seed
-from dcbench.weights import atomic_write
+from dcbench.weights import load_tensors, save_tensors
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Clips to learn from."""
+    """Training clips."""
 
     frames: Tensor  # uint8 [b, t, 3, h, w]
     captions: tuple[str, ...]
-    strides: Tensor  # int64 [b]; source frames between two frames of the clip
-    fps: Tensor  # int64 [b]; source frames per second // stride, as the released loader has it
-    latents: Tensor | None = None  # [b, t, c, h/f, w/f], unscaled, where they were computed before
+    strides: Tensor  # int64 [b]; distance of two frames of the clip, in source frames
+    fps: Tensor  # int64 [b]; source frames per second // stride, as in the released loader
+    latents: Tensor | None = None  # [b, t, c, h/f, w/f], unscaled, if they were computed before
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -33,7 +33,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class ClipPool:
-    """`clips` numbered training clips; each is a random stretch of a random video at a random stride."""
+    """`clips` numbered training clips; each is a random part of a random video at a random stride."""
 
     items: Sequence[Item]
     num_frames: int
@@ -46,8 +46,8 @@ class ClipPool:
     def draw(self, number: int) -> tuple[Tensor, tuple[str, ...], int, float]:
         """Clip `number` -> uint8 [t, 3, h, w], its captions, stride and source fps.
 
-        A video that is too short for the drawn stride takes the largest that fits, as the released loader does. A video
-        that cannot be read is an error that names it: leave it out of the dataset, nothing is replaced in silence.
+        A video that is too short for the drawn stride takes the largest that fits, as in the released loader. Raises
+        VideoError, with the video's name, if it has too few frames or cannot be read: no other video takes its place.
         """
         rng = random.Random(clip_seed(self.seed, f"clip/{number}"))
         item, stride = rng.choice(self.items), rng.choice(self.strides)
@@ -60,11 +60,12 @@ class ClipPool:
         return clips.resize(frames, self.height, self.width), item.captions, stride, info.fps
 
     def batch(self, numbers: Sequence[int], rng: torch.Generator) -> Batch:
-        """The clips of these numbers, each with one of its captions chosen by `rng`."""
+        """The clips of these numbers, each with one of its captions, which `rng` chooses."""
         with ThreadPoolExecutor(min(8, len(numbers))) as pool:
             return _collate(list(pool.map(self.draw, numbers)), rng)
 
     def random_batch(self, size: int, rng: torch.Generator) -> Batch:
+        """`size` clips that `rng` chooses; one may come twice."""
         return self.batch(torch.randint(self.clips, (size,), generator=rng).tolist(), rng)
 
 
@@ -83,27 +84,30 @@ def _choose(captions: tuple[str, ...], rng: torch.Generator) -> str:
 
 
 class CachedPool:
-    """A pool that is read once and kept in memory, with latents where an `encode` function is given."""
+    """A pool whose clips are read once and stay in memory, with their latents where `with_latents` added them."""
 
-    def __init__(self, pool: ClipPool, cache: Path, encode=None) -> None:
-        """`encode`: uint8 [n, 3, h, w] -> float [n, c, h/f, w/f]. The latents lie in `cache`, float16."""
+    def __init__(self, pool: ClipPool) -> None:
         self.drawn = [pool.draw(number) for number in range(pool.clips)]
-        self.latents: Tensor | None = None
-        if encode is None:
-            return
-        if not cache.is_file():
-            latents = torch.stack([encode(frames).half() for frames, *_ in self.drawn]).contiguous()
-            with atomic_write(cache) as temporary:
-                save_file({"latents": latents}, temporary)
-        self.latents = load_file(cache)["latents"]
-        if self.latents.shape[:2] != (pool.clips, pool.num_frames):
+        self.latents: Tensor | None = None  # float16 [clips, t, c, h/f, w/f], unscaled
+
+    def with_latents(self, file: Path, encode: Callable[[Tensor], Tensor]) -> "CachedPool":
+        """The same clips, with the latents in `file`; if it is missing, it is written first.
+
+        `encode`: uint8 [t, 3, h, w] -> float [t, c, h/f, w/f]. Raises UserError when the file is of other clips.
+        """
+        if not file.is_file():
+            save_tensors({"latents": torch.stack([encode(frames).half() for frames, *_ in self.drawn])}, file)
+        latents = load_tensors(file)["latents"]
+        size, num_frames = len(self.drawn), len(self.drawn[0][0])
+        if latents.shape[:2] != (size, num_frames):
             raise UserError(
-                f"{cache} holds {list(self.latents.shape)}, not {pool.clips} clips of {pool.num_frames} frames; "
-                "remove it"
+                f"{file} holds {list(latents.shape)}, not {size} clips of {num_frames} frames; remove the file"
             )
+        pool = copy.copy(self)
+        pool.latents = latents
+        return pool
 
     def random_batch(self, size: int, rng: torch.Generator) -> Batch:
         numbers = torch.randint(len(self.drawn), (size,), generator=rng)
         batch = _collate([self.drawn[i] for i in numbers.tolist()], rng)
-        latents = None if self.latents is None else self.latents[numbers].float()
-        return Batch(batch.frames, batch.captions, batch.strides, batch.fps, latents)
+        return batch if self.latents is None else replace(batch, latents=self.latents[numbers].float())

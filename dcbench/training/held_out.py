@@ -1,7 +1,7 @@
-"""Loss on held-out clips at fixed noise, and what it grows by when one condition comes from another clip.
+"""Loss on held-out clips at fixed noise, and its growth when one condition is that of another clip.
 
-Two arms of an ablation are compared on the same clips, time steps and noise, so the difference has little noise of its
-own; it needs seconds where FVD needs hundreds of samples.
+Two arms of an ablation are compared on the same clips, time steps and noise, so their difference varies little. That
+takes seconds; FVD needs hundreds of samples.
 """
 
 from collections.abc import Mapping
@@ -12,23 +12,23 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dcbench.catalogue import find_dataset, load_entry_point
-from dcbench.datasets.base import find_root
+from dcbench.files import read_json
 from dcbench.models.dynamicrafter.networks import Networks
-from dcbench.training.data import ClipPool
+from dcbench.training.directory import Training
 from dcbench.training.objective import Conditions, DiffusionTask
 from dcbench.training.recipe import DiffusionStage, Recipe
 
 TIMES = (50, 200, 400, 600, 800, 950)
 SWAPS = ("text", "context", "vdg")
+ALL_SHOWN = {name: 0.0 for name in Conditions.model_fields if name.startswith("drop_")}
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Mean loss, its standard error over clips, and the loss with each condition swapped.
+    """Mean loss, its standard error over clips, and the mean loss when one condition is that of another clip.
 
-    sampled: the loss of each clip with its first frame as the condition, as when it is sampled. growth: by how much
-    the loss of each clip grows with a condition swapped. Both are empty in older files.
+    sampled: loss of each clip with its first frame as the condition, as when it is sampled. growth: for each condition,
+    by how much the loss of each clip grows when the condition is another clip's. Both are empty in older files.
     """
 
     loss: float
@@ -38,8 +38,13 @@ class HeldOut:
     growth: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def reliance(self, condition: str) -> float:
-        """Relative growth of the loss when this condition is another clip's: 0 = it is not used."""
+        """Relative growth of the loss when this condition is another clip's; 0 when the network does not use it."""
         return self.swapped[condition] / self.loss - 1
+
+
+def read_held_out(training: Training) -> HeldOut | None:
+    """What was measured before, if it was."""
+    return HeldOut(**read_json(training.held_out)) if training.held_out.is_file() else None
 
 
 @torch.no_grad()
@@ -47,30 +52,25 @@ def held_out(
     networks: Networks,
     recipe: Recipe,
     stage: DiffusionStage,
-    split: str = "test",
     clips: int = 64,
     batch: int = 16,
     data_root: Path | None = None,
 ) -> HeldOut:
-    """Measure the U-Net of `networks` under the conditions of `stage`, none dropped.
+    """Measure the U-Net of `networks` on the test split, under the conditions of `stage`; none of them is left out.
 
-    Arms that were trained on different condition frames have losses of different tasks; `sampled` is of one task for
-    all: the condition is the first frame.
+    `loss` has another meaning for an arm that was trained on other condition frames. `sampled` has the same meaning for
+    all arms: the condition is the first frame.
     """
-    card = find_dataset(recipe.data.dataset)
-    items = load_entry_point(card)(card, find_root(card, data_root), {**card.options, **recipe.data.options}).items(
-        split
-    )
-    cfg = networks.cfg
-    pool = ClipPool(items, cfg.num_frames, recipe.data.strides, cfg.height, cfg.width, clips, seed=0)
+    data = recipe.data.model_copy(update={"split": "test", "clips": clips, "seed": 0})
+    pool = data.pool(networks.cfg, data_root)
     parts = {
         start: pool.batch(range(start, min(start + batch, clips)), torch.Generator().manual_seed(start))
         for start in range(0, clips, batch)
     }
 
     def losses(condition_frame: Literal["random", "first"], swap: str = "") -> Tensor:
-        """Of each clip, over all times: [clips]."""
-        conditions = Conditions(stage.context, stage.vdg, condition_frame, 0.0, 0.0, 0.0, 0.0)
+        """The loss of each clip, a mean over TIMES: [clips]."""
+        conditions = stage.model_copy(update={**ALL_SHOWN, "condition_frame": condition_frame})
         task = DiffusionTask(networks, pool, conditions, (), stage.single_frames).eval()
         found = []
         for start, part in parts.items():

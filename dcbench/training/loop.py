@@ -1,7 +1,8 @@
 """One training loop for every stage: accumulation, clipping, EMA, mixed precision, exact resume, data parallelism.
 
-All randomness of step k is drawn from a generator seeded by (seed, stage, k, rank), so a resumed run needs no random
-state: on one machine with one number of threads it ends with the same bits as an undisturbed one.
+The random numbers of step k come from a generator seeded by (seed, stage, k, part of the batch, rank). So no random
+state has to be saved: on one machine, with the same number of threads, a resumed training ends with the same bits as
+one without interruption.
 """
 
 import contextlib
@@ -11,41 +12,41 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dcbench.errors import UserError
+from dcbench.facts import Facts
+from dcbench.files import atomic_write
 from dcbench.seeding import clip_seed
-from dcbench.weights import atomic_write
-
-Precision = Literal["float32", "float16", "bfloat16"]
+from dcbench.training.directory import StageFolder
 
 
-@dataclass(frozen=True)
-class LoopConfig:
-    """How to optimise; what to optimise is the task's affair."""
+class LoopConfig(Facts):
+    """How a stage optimises. What it optimises is its task."""
 
-    steps: int
-    batch_size: int  # over all processes and accumulated parts
-    lr: float
-    muon_lr: float = 0.0  # > 0: the task's matrices are trained by Muon, at this rate on the schedule of `lr`
+    steps: int = Field(ge=1)
+    batch_size: int = Field(ge=1)  # over all processes and accumulated parts
+    lr: float = Field(gt=0)  # of AdamW
+    muon_lr: float = Field(default=0.0, ge=0)  # > 0: Muon trains the task's matrices, with the schedule of `lr`
     final_lr: float | None = None  # cosine from lr to this; None = constant
-    warmup: int = 0
-    weight_decay: float = 0.0  # AdamW's alone
-    betas: tuple[float, float] = (0.9, 0.999)
-    grad_clip: float = 1.0
-    accumulate: int = 1
-    ema: float = 0.999  # 0 = none
-    precision: Precision = "float32"
-    save_every: int = 500
-    log_every: int = 20
+    warmup: int = 0  # steps
+    weight_decay: float = 0.0  # of AdamW only
+    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
+    grad_clip: float = 1.0  # largest norm of the gradient; 0 = no limit
+    accumulate: int = Field(default=1, ge=1)  # parts of a batch, one after the other
+    ema: float = Field(default=0.0, ge=0, lt=1)  # decay of the moving average of the parameters; 0 = no average
+    precision: Literal["float32", "float16", "bfloat16"] = "float32"
+    save_every: int = 500  # steps
+    log_every: int = 20  # steps
 
     def lr_at(self, step: int) -> float:
         """Learning rate of step 0, 1, ...: linear warm-up, then constant or a cosine."""
@@ -57,9 +58,10 @@ class LoopConfig:
 
 
 class Task(nn.Module):
-    """What one stage learns: `forward` draws a batch with `rng` and returns its named losses; "loss" is minimised."""
+    """What one stage learns."""
 
     def forward(self, batch_size: int, rng: torch.Generator) -> dict[str, Tensor]:
+        """Losses by name, each a scalar, of a batch that `rng` draws. "loss" is minimised, the others are logged."""
         raise NotImplementedError
 
     def matrices(self) -> set[str]:
@@ -70,8 +72,9 @@ class Task(nn.Module):
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) with the constants of torch.optim.Muon, for matrices, and kernels as [out, in * size].
 
-    At the tiny scale it learns from captions after a third of the steps that AdamW needs (docs/training.md). PyTorch's
-    own takes matrices alone, one by one in bfloat16; a processor without such units spends half of a step there.
+    At the tiny scale the model learns from captions in a third of the steps that AdamW needs (docs/training.md).
+    torch.optim.Muon takes only matrices, one by one in bfloat16; a processor without bfloat16 units then spends half of
+    a step there.
     """
 
     MOMENTUM = 0.95
@@ -93,7 +96,7 @@ class Muon(torch.optim.Optimizer):
                     kernel.add_(update.view_as(kernel), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
     def _momentum(self, kernel: nn.Parameter) -> Tensor:
-        """Nesterov's: the gradient, led on by the average of all so far."""
+        """Nesterov momentum: the gradient, moved towards the running average of all gradients."""
         assert kernel.grad is not None
         average = self.state[kernel].setdefault("momentum_buffer", torch.zeros_like(kernel))
         average.lerp_(kernel.grad, 1 - self.MOMENTUM)
@@ -101,7 +104,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """[n, rows, columns] with singular values moved near 1 (0.7 to 1.2) by five Newton-Schulz steps of fifth order."""
+    """Matrices [n, rows, columns] with singular values near 1 (0.7 to 1.2): five Newton-Schulz steps of fifth order."""
     a, b, c = Muon.COEFFICIENTS
     if tall := matrices.shape[1] > matrices.shape[2]:
         matrices = matrices.mT
@@ -114,9 +117,9 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
 
 def make_optimisers(task: Task, trained: Mapping[str, nn.Parameter], config: LoopConfig) -> list[torch.optim.Optimizer]:
-    """AdamW for all, or Muon for the task's matrices and AdamW for the rest."""
+    """AdamW for all parameters, or Muon for the task's matrices and AdamW for the rest."""
     matrices = task.matrices() & set(trained) if config.muon_lr else set()
-    # foreach: one call for all tensors, several times faster than a loop when they are many and small
+    # foreach: one call for all tensors, several times faster than a loop over many small ones
     rest = [p for name, p in trained.items() if name not in matrices]
     made: list[torch.optim.Optimizer] = []
     if rest:
@@ -128,7 +131,7 @@ def make_optimisers(task: Task, trained: Mapping[str, nn.Parameter], config: Loo
 
 @dataclass(frozen=True)
 class Process:
-    """This process among those that torchrun started (one, when it did not)."""
+    """This process, one of those that torchrun started; without torchrun the only one."""
 
     rank: int
     world: int
@@ -141,7 +144,7 @@ class Process:
 
 @contextlib.contextmanager
 def process_group(device: str = "auto") -> Iterator[Process]:
-    """Join the group that torchrun describes in the environment; alone without it."""
+    """Join the processes that torchrun has started, if it has started this one."""
     cuda = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
@@ -156,7 +159,7 @@ def process_group(device: str = "auto") -> Iterator[Process]:
 
 
 class Average:
-    """Exponential moving average of trained parameters, in float32; it warms up with the number of steps."""
+    """Exponential moving average of the trained parameters, in float32. Its decay grows in the first steps."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
         self.decay = decay
@@ -175,7 +178,7 @@ class Average:
 
 
 class Learner:
-    """The parameters that are trained, and all that changes with them: optimisers, loss scaler, moving average."""
+    """The trained parameters and all that changes with them: optimisers, loss scaler, moving average."""
 
     def __init__(self, task: Task, config: LoopConfig, device: torch.device) -> None:
         self.trained = {name: p for name, p in task.named_parameters() if p.requires_grad}
@@ -188,6 +191,23 @@ class Learner:
         self.peaks = [optimiser.param_groups[0]["lr"] for optimiser in self.optimisers]
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
         self.average = Average(self.trained, config.ema) if config.ema else None
+
+    def accumulate(self, model: nn.Module, seed: int, step: int, process: Process) -> dict[str, float]:
+        """Add up the gradients of one step over the parts of its batch; returns the mean of each named loss."""
+        sums: dict[str, float] = {}
+        parts, precision = self.config.accumulate, self.config.precision
+        amp, dtype = precision != "float32", getattr(torch, precision)
+        for i in range(parts):
+            draw = clip_seed(seed, f"{step}/{i}/{process.rank}")
+            torch.manual_seed(draw)  # for dropout layers, which take no generator
+            rng = torch.Generator().manual_seed(draw)
+            no_sync = model.no_sync() if isinstance(model, DistributedDataParallel) and i < parts - 1 else None
+            with no_sync or contextlib.nullcontext(), torch.autocast(process.device.type, dtype, enabled=amp):
+                losses = model(self.config.batch_size // (parts * process.world), rng)
+                self.scaler.scale(losses["loss"] / parts).backward()
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0.0) + float(value.detach()) / parts
+        return sums
 
     def update(self, step: int) -> float:
         """Apply the gradients of step 0, 1, ... and clear them; returns their norm before clipping."""
@@ -208,6 +228,7 @@ class Learner:
         return norm
 
     def save(self, path: Path, identity: str, step: int, seconds: float) -> None:
+        """Write what `load` needs. `identity` names the settings, `seconds` is the processor time so far."""
         state = {
             "identity": identity,
             "step": step,
@@ -221,7 +242,7 @@ class Learner:
             torch.save(state, temporary)
 
     def load(self, path: Path, identity: str) -> tuple[int, float]:
-        """Continue from a saved state; returns its step and its processor seconds."""
+        """Read a saved state; returns its step and its processor seconds. UserError if its identity is another one."""
         state = torch.load(path, map_location=self.device, weights_only=True)
         if state["identity"] != identity:
             raise UserError(
@@ -240,18 +261,18 @@ class Learner:
 def fit(
     task: Task,
     config: LoopConfig,
-    directory: Path,
+    files: StageFolder,
     seed: int,
     process: Process,
     stop_after: float | None = None,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
     identity: Mapping[str, Any] | None = None,
 ) -> bool:
-    """Train the parameters of `task` that require gradients; afterwards they hold the EMA. True when finished.
+    """Train the parameters of `task` that require gradients; at the end they are set to their EMA. True when finished.
 
-    Continues from `directory`/state.pt if it is there (an `identity` that differs from the saved one is an error);
-    stops early, resumable, after `stop_after` seconds or at Ctrl-C and SIGTERM. `directory`/log.jsonl gets a line
-    every `log_every` steps.
+    Continues from the state in `files` if there is one; UserError if it was saved under another `identity`. Stops after
+    `stop_after` seconds, or at Ctrl-C and SIGTERM, with a state to continue from. The log has a line for every
+    `log_every` steps; `on_step` is called with the number of the step and this line.
     """
     parts = process.world * config.accumulate
     if config.batch_size % parts:
@@ -259,12 +280,12 @@ def fit(
             f"batch_size {config.batch_size} does not divide into {process.world} processes x "
             f"{config.accumulate} accumulated parts; choose a multiple of {parts}"
         )
-    learner = Learner(task, config, process.device)
-    state_path, log_path, who = directory / "state.pt", directory / "log.jsonl", _plain(identity)
-    step, seconds = 0, 0.0
-    if state_path.is_file():
-        step, seconds = learner.load(state_path, who)
-        _trim_log(log_path, step)
+    learner, step, seconds = Learner(task, config, process.device), 0, 0.0
+    key = json.dumps(identity or {}, sort_keys=True, default=str)
+    if files.state.is_file():
+        step, seconds = learner.load(files.state, key)
+    if process.first:
+        files.trim_log(step)
     model: nn.Module = task
     if process.world > 1:
         model = DistributedDataParallel(task, device_ids=[process.device] if process.device.type == "cuda" else None)
@@ -273,7 +294,7 @@ def fit(
     started, cpu, since = time.perf_counter(), time.process_time(), step
     finished = step >= config.steps
     while not finished:
-        losses = _accumulate(model, learner.scaler, config, config.batch_size // parts, seed, step, process)
+        losses = learner.accumulate(model, seed, step, process)
         norm = learner.update(step)
         step += 1
         finished = step >= config.steps
@@ -283,13 +304,11 @@ def fit(
             line = {"step": step, "lr": config.lr_at(step - 1), "grad_norm": norm, **losses}
             line["clips_per_second"] = round((step - since) * config.batch_size / took, 3)
             line["cpu_seconds"] = round(seconds + burnt, 1)
-            directory.mkdir(parents=True, exist_ok=True)
-            with log_path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            files.add_to_log(line)
             if on_step:
                 on_step(step, line)
         if process.first and (step % config.save_every == 0 or finished or stopping):
-            learner.save(state_path, who, step, seconds + burnt)
+            learner.save(files.state, key, step, seconds + burnt)
         if stopping:
             break
     if learner.average:
@@ -298,38 +317,8 @@ def fit(
     return finished
 
 
-def _accumulate(
-    model: nn.Module,
-    scaler: torch.amp.GradScaler,
-    config: LoopConfig,
-    size: int,
-    seed: int,
-    step: int,
-    process: Process,
-) -> dict[str, float]:
-    """Gradients of one step, over its parts of `size` samples each; returns the mean of each named loss."""
-    sums: dict[str, float] = {}
-    amp, dtype = config.precision != "float32", getattr(torch, config.precision)
-    for i in range(config.accumulate):
-        draw = clip_seed(seed, f"{step}/{i}/{process.rank}")
-        torch.manual_seed(draw)  # dropout layers know no generator
-        rng = torch.Generator().manual_seed(draw)
-        last = i == config.accumulate - 1
-        no_sync = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else None
-        with no_sync or contextlib.nullcontext(), torch.autocast(process.device.type, dtype, enabled=amp):
-            losses = model(size, rng)
-            scaler.scale(losses["loss"] / config.accumulate).backward()
-        for name, value in losses.items():
-            sums[name] = sums.get(name, 0.0) + float(value.detach()) / config.accumulate
-    return sums
-
-
-def _plain(identity: Mapping[str, Any] | None) -> str:
-    return json.dumps(identity or {}, sort_keys=True, default=str)
-
-
 def _agree(stop: bool, process: Process) -> bool:
-    """True on every process when one wants to stop: otherwise the others would wait for it for ever."""
+    """True on every process when one has to stop. If only that one stopped, the others would wait for it for ever."""
     if process.world == 1:
         return stop
     flag = torch.tensor(float(stop), device=process.device)
@@ -338,7 +327,7 @@ def _agree(stop: bool, process: Process) -> bool:
 
 
 def _catch_signals() -> list[int]:
-    """A list that SIGINT and SIGTERM append to, so that the step in hand ends and is saved; twice stops at once."""
+    """Numbers of SIGINT and SIGTERM as they come, so that a step can end and be saved. A second one stops at once."""
     caught: list[int] = []
 
     def catch(number: int, frame: object) -> None:
@@ -352,21 +341,13 @@ def _catch_signals() -> list[int]:
     return caught
 
 
-def _trim_log(path: Path, step: int) -> None:
-    """Drop lines after the checkpoint: those steps are about to be done again."""
-    if path.is_file():
-        lines = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in lines))
-
-
-def plot_log(paths: Mapping[str, Path], target: Path) -> None:
-    """Loss against step of each named log.jsonl, one line a log, as a picture."""
+def plot_log(logs: Mapping[str, Sequence[Mapping[str, float]]], target: Path) -> None:
+    """A picture of the loss at each step: one curve for each named log, given as its lines."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for name, path in paths.items():
-        lines = [json.loads(line) for line in path.read_text().splitlines() if line]
+    for name, lines in logs.items():
         axes.plot([line["step"] for line in lines], [line["loss"] for line in lines], label=name, linewidth=1)
     axes.set(xlabel="step", ylabel="loss", yscale="log")
     axes.legend()

@@ -1,4 +1,4 @@
-"""What training needs of a model's networks beside sampling: parts by name, their weights, CLIP's pooled features."""
+"""What training needs of the networks, and sampling does not: parts by name, their weights, CLIP's pooled features."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dcbench import clips
@@ -14,7 +13,7 @@ from dcbench.models.dynamicrafter.conditioning import encode_text, preprocess, t
 from dcbench.models.dynamicrafter.config import Config
 from dcbench.models.dynamicrafter.networks import Networks
 from dcbench.training.data import Batch
-from dcbench.weights import atomic_write
+from dcbench.weights import save_tensors
 
 PREFIXES = {  # part -> its place in the released checkpoints
     "unet": "model.diffusion_model.",
@@ -23,15 +22,15 @@ PREFIXES = {  # part -> its place in the released checkpoints
     "text": "cond_stage_model.model.",
     "image": "embedder.model.",
 }
-NARROW = -20.0  # log-variance of a posterior that is a point to four digits
-WORD_STD = 0.4  # of the word embeddings of a small text tower; open_clip begins with 0.02
+NARROW = -20.0  # log-variance of a posterior so narrow that its samples equal its mean to four digits
+WORD_STD = 0.4  # standard deviation of new word embeddings in a small text tower; open_clip has 0.02
 
 
 def build(config: Config, seed: int) -> Networks:
     """New networks, frozen; the same initial values for the same seed.
 
-    The words of a small vocabulary begin further apart than open_clip's, whose layers drown them at this size: two
-    captions that differ by one word must differ for the U-Net, though no picture told CLIP the two apart.
+    A small vocabulary gets larger word embeddings than open_clip's. With open_clip's, a small tower makes nearly the
+    same tokens of two captions that differ by one word, and the U-Net cannot tell them apart.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -48,11 +47,11 @@ def freeze(networks: Networks) -> Networks:
 
 @torch.no_grad()
 def normalise_latents(networks: Networks, latents: Tensor) -> None:
-    """Give each channel mean 0 and variance 1 over samples of the posterior [n, c, h, w]; frames stay as they are.
+    """Give each channel mean 0 and variance 1 over samples of the posterior [n, c, h, w]; rebuilt frames do not change.
 
-    The posterior becomes as narrow as a point: the U-Net learns from its mean, and shall be given that when it samples.
-    The shift and scale go into the 1x1 convolutions on both sides of the latents, so that the scale factor is 1. One
-    factor for all channels, as Stable Diffusion has it, left channels of a tiny autoencoder at a fifth of the noise.
+    The variance of the posterior becomes nearly 0, because the U-Net learns from the mean: so a sample equals the mean.
+    Shift and scale are put into the 1x1 convolutions before and after the latents, and the scale factor is 1. With one
+    factor for all channels, as in Stable Diffusion, some channels of a tiny autoencoder have a fifth of the noise.
     """
     autoencoder = networks.autoencoder
     into, out = autoencoder.quant_conv, autoencoder.post_quant_conv
@@ -68,24 +67,22 @@ def normalise_latents(networks: Networks, latents: Tensor) -> None:
 
 
 def set_scale_factor(networks: Networks, scale_factor: float) -> None:
-    """The number that latents are multiplied by."""
+    """Set the number by which latents are multiplied."""
     autoencoder = replace(networks.cfg.autoencoder, scale_factor=scale_factor)
     networks.cfg = replace(networks.cfg, autoencoder=autoencoder)
     networks.autoencoder.cfg = autoencoder
 
 
 def save(networks: Networks, path: Path, dtype: torch.dtype | None = None, parts: Iterable[str] = PREFIXES) -> None:
-    """One safetensors file of these parts under the released names."""
+    """Write one safetensors file of these parts, under the released names."""
     prefixes = tuple(PREFIXES[part] for part in parts)
     state = {name: value for name, value in networks.state_dict().items() if name.startswith(prefixes)}
-    state = {name: value.detach().to("cpu", dtype or value.dtype).contiguous() for name, value in state.items()}
-    with atomic_write(path) as temporary:
-        save_file(state, temporary)
+    save_tensors({name: value.detach().to("cpu", dtype or value.dtype) for name, value in state.items()}, path)
 
 
 @torch.no_grad()
 def scaled_latents(networks: Networks, batch: Batch, device: torch.device) -> Tensor:
-    """[b, c, t, h, w]: means of the posterior, encoded here unless the batch brings them."""
+    """Means of the posterior [b, c, t, h, w], scaled; encoded here if the batch has none."""
     if batch.latents is None:
         frames = clips.to_float(batch.frames).to(device)
         return torch.stack([networks.autoencoder.to_latents(clip) for clip in frames]).transpose(1, 2)
@@ -94,18 +91,18 @@ def scaled_latents(networks: Networks, batch: Batch, device: torch.device) -> Te
 
 @torch.no_grad()
 def text_tokens(networks: Networks, captions: Sequence[str], device: torch.device) -> Tensor:
-    """Context tokens of captions [b, 77, d]."""
+    """Context tokens of b captions: [b, context_length, d]."""
     return networks.cond_stage_model(tokenize(captions, networks.cfg.clip).to(device))
 
 
 @torch.no_grad()
 def visual_tokens(networks: Networks, frames: Tensor, grey: Tensor) -> Tensor:
-    """uint8 [b, 3, h, w] -> [b, 1 + patches, d]; where `grey` [b], the image is dropped: mid grey, 0 in [-1, 1]."""
+    """uint8 [b, 3, h, w] -> [b, 1 + patches, d]. `grey`: bool [b], where the image becomes grey (0 in [-1, 1])."""
     return networks.embedder(clips.to_float(frames) * (~grey)[:, None, None, None])
 
 
 class PooledClip(nn.Module):
-    """CLIP's two pooled features, which its own training compares, over the towers that `networks` keeps."""
+    """The pooled features of both towers of CLIP, which its training compares. The towers are those of `networks`."""
 
     def __init__(self, networks: Networks) -> None:
         super().__init__()
@@ -118,5 +115,5 @@ class PooledClip(nn.Module):
         images = self.image(preprocess(clips.to_float(frames), self.cfg.image_size))
         tokens = tokenize(captions, self.cfg).to(frames.device)
         every = encode_text(self.text, tokens, skip=0)
-        last = every[torch.arange(len(every)), tokens.argmax(-1)]  # the end mark has the highest number
+        last = every[torch.arange(len(every)), tokens.argmax(-1)]  # of the end mark, whose number is the highest
         return images, last @ self.text.text_projection, self.text.logit_scale.exp().clamp(max=100)

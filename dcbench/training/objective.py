@@ -1,14 +1,16 @@
-"""What the stages learn: to rebuild frames, to match pictures and captions, to remove noise from clips."""
+"""The tasks that stages learn: to rebuild frames, to match pictures and captions, to remove noise from clips."""
 
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from dcbench import clips
+from dcbench.facts import Facts
 from dcbench.models.diffusion import make_schedule, to_eps_and_x0, training_pair
 from dcbench.models.dynamicrafter.networks import Networks
 from dcbench.models.dynamicrafter.unet import parameter_role
@@ -18,18 +20,20 @@ from dcbench.training.networks import PooledClip, scaled_latents, text_tokens, v
 
 
 class Pool(Protocol):
+    """Clips to draw batches from."""
+
     def random_batch(self, size: int, rng: torch.Generator) -> Batch: ...
 
 
-@dataclass(frozen=True)
-class Rebuilding:
-    """How an autoencoder's rebuilt frames are judged while it learns.
+class Rebuilding(Facts):
+    """How an autoencoder learns to rebuild frames: the weights of its loss, and what its decoder is given.
 
-    detail_weight: a pixel counts 1 + detail_weight * its distance to the frame's mean colour, so that small objects on
-    large flat grounds are learned too. edge_weight adds that times the mean |difference of neighbours in x - y|: sharp
-    edges, even grounds. latent_noise: standard deviation of what is added to the latents that the decoder sees, beside
-    the posterior's own. decoder_only leaves the latents as they are. predicted_latents: share of the frames that are
-    rebuilt from what the U-Net makes of their noisy latents; a decoder learns so to straighten its errors.
+    detail_weight: a pixel has the weight 1 + detail_weight * its distance to the frame's mean colour, so that small
+    objects on large flat grounds are learned too. edge_weight: weight of the mean |difference between neighbouring
+    pixels of x - y|, for sharp edges and even grounds. latent_noise: standard deviation of noise that is added to the
+    decoder's input, beside the noise of the posterior. decoder_only: encoder and latents stay as they are.
+    predicted_latents: share of the frames that are rebuilt from the U-Net's prediction of their noisy latents; so the
+    decoder learns to correct the errors of the U-Net.
     """
 
     kl_weight: float = 1e-6
@@ -37,10 +41,10 @@ class Rebuilding:
     edge_weight: float = 0.0
     latent_noise: float = 0.0
     decoder_only: bool = False
-    predicted_latents: float = 0.0
+    predicted_latents: float = Field(default=0.0, ge=0, le=1)
 
 
-FRAMES_OF_A_PREDICTION = 4  # the U-Net predicts whole clips; so many frames of each, and not all, for variety
+FRAMES_OF_A_PREDICTION = 4  # frames that are rebuilt of each clip that the U-Net predicts; few, so that clips vary
 
 
 class AutoencoderTask(Task):
@@ -53,7 +57,7 @@ class AutoencoderTask(Task):
         rebuilding: Rebuilding,
         predict: Callable[[Batch, torch.Generator], Tensor] | None = None,
     ) -> None:
-        """`predict`: clips -> their latents as the U-Net predicts them [b, t, c, h / f, w / f], unscaled."""
+        """`predict`: b clips -> their latents as the U-Net predicts them: [b, t, c, h/f, w/f], unscaled."""
         super().__init__()
         self.autoencoder = networks.autoencoder.requires_grad_(True)
         if rebuilding.decoder_only:
@@ -88,7 +92,8 @@ class AutoencoderTask(Task):
 class ContrastiveTask(Task):
     """CLIP's symmetric loss between one frame of each clip and its caption.
 
-    `last_frames`: the share of clips of which it is the last frame: there one sees what the motion was.
+    `last_frames`: share of the clips whose last frame is taken, because it shows where the motion led. Of the other
+    clips any frame is taken.
     """
 
     def __init__(self, networks: Networks, pool: Pool, last_frames: float = 0.0) -> None:
@@ -96,7 +101,7 @@ class ContrastiveTask(Task):
         self.clip, self.pool, self.last_frames = PooledClip(networks).requires_grad_(True), pool, last_frames
 
     def matrices(self) -> set[str]:
-        """Without embeddings: their rows are words and places, no maps between layers."""
+        """Without embeddings: their rows are words and places. They do not map one layer to another."""
         return {name for name in super().matrices() if "embedding" not in name}
 
     def forward(self, batch_size: int, rng: torch.Generator) -> dict[str, Tensor]:
@@ -113,23 +118,23 @@ class ContrastiveTask(Task):
         return {"loss": loss, "accuracy": (logits.argmax(1) == target).float().mean()}
 
 
-@dataclass(frozen=True)
-class Conditions:
-    """Which conditions a stage shows its network, and how often it hides them.
+class Conditions(Facts):
+    """Which conditions the U-Net is given in a stage, and how often they are left out.
 
-    context: "none" (text only), "frame" (the query transformer's tokens of the condition frame), "class_token" (only
-    CLIP's global token goes into the query transformer). vdg: "none", "frame" (the condition frame's latents beside
-    the noise of every frame), "ends" (the first and last frame's own, zeros between: interpolation and looping).
+    context: "none" (text only), "frame" (tokens that the query transformer makes of the condition frame), "class_token"
+    (the same from CLIP's global token only). vdg: "none", "frame" (the latents of the condition frame beside the noise
+    of every frame), "ends" (the latents of the first and the last frame beside their own noise, zeros between: for
+    interpolation and looping). drop_*: shares of clips, 0 to 1.
     """
 
     context: Literal["none", "frame", "class_token"] = "frame"
     vdg: Literal["none", "frame", "ends"] = "frame"
     condition_frame: Literal["random", "first"] = "random"
     drop_text: float = 0.05
-    drop_image: float = 0.05  # the context's image becomes grey; the concatenated latents stay
+    drop_image: float = 0.05  # the image of the context becomes grey; the concatenated latents stay
     drop_both: float = 0.05
-    drop_vdg: float = 0.0  # not in the paper: hides the concatenated latents, so that the context is needed
-    time_shift: float = 1.0  # not in the paper: > 1 draws more of the noisy steps, where motion is decided
+    drop_vdg: float = 0.0  # not in the paper: zeros in place of the concatenated latents, so that the context is needed
+    time_shift: float = Field(default=1.0, gt=0)  # not in the paper: > 1 draws more noisy steps, see `draw_times`
 
 
 def draw_times(size: int, num_timesteps: int, shift: float, rng: torch.Generator) -> Tensor:
@@ -141,7 +146,7 @@ def draw_times(size: int, num_timesteps: int, shift: float, rng: torch.Generator
 
 
 class DiffusionTask(Task):
-    """Mean squared error of the predicted noise or velocity of clips, under conditions that are dropped at random."""
+    """Mean squared error of the predicted noise or velocity of clips. Conditions are left out at random."""
 
     networks: Networks
 
@@ -155,12 +160,13 @@ class DiffusionTask(Task):
         fixed_image_scale: bool = False,
         min_snr: float = 0.0,
     ) -> None:
-        """Train the parameters of these roles ("context", "spatial", "temporal"); `single_frames` is image training.
+        """Train the parameters of these roles ("context", "spatial", "temporal").
 
-        `min_snr` > 0 weights the loss by min(SNR, min_snr) / SNR in terms of the clean latents.
+        single_frames: one frame of each clip, as with images. fixed_image_scale: λ is not trained. min_snr > 0: weights
+        the loss so that the squared error of the clean latents has the factor min(SNR, min_snr) (Hang et al. 2023).
         """
         super().__init__()
-        object.__setattr__(self, "networks", networks)  # not a submodule: only what is trained is
+        object.__setattr__(self, "networks", networks)  # no submodule, so that parameters() are only those below
         self.pool, self.conditions = pool, conditions
         self.schedule = make_schedule(**asdict(networks.cfg.diffusion))
         self.unet, self.query_transformer = networks.unet, networks.query_transformer
@@ -174,14 +180,18 @@ class DiffusionTask(Task):
                 parameter.requires_grad_(role in roles and used and not (gate and fixed_image_scale))
 
     def matrices(self) -> set[str]:
-        """Without the first and last convolution and the embeddings of time, which are not between hidden layers."""
+        """Without the first and last convolution and the embeddings of time: they are not between hidden layers."""
         ends = ("unet.input_blocks.0.0.", "unet.out.", "unet.time_embed.", "unet.fps_embedding.")
         return {name for name in super().matrices() if not name.startswith(ends) and ".emb_layers." not in name}
 
     def context(self, batch: Batch, index: Tensor, rng: torch.Generator, swap: Collection[str] = ()) -> Tensor:
-        """Text tokens, and those of each clip's condition frame [b] behind them, with conditions dropped."""
+        """Text tokens, then the tokens of each clip's condition frame (its number: `index` [b]): [b, tokens, d].
+
+        Conditions are left out at random. `swap`: see `predict`.
+        """
         c, networks, size = self.conditions, self.networks, len(batch)
-        r = torch.rand(size, generator=rng)  # one draw a clip: text only, both, image only, as the released trainer
+        # one number a clip decides what is left out, as in the released trainer: text, both, the image, or nothing
+        r = torch.rand(size, generator=rng)
         no_text = r < c.drop_text + c.drop_both
         no_image = (r >= c.drop_text) & (r < c.drop_text + c.drop_both + c.drop_image)
         captions = ["" if drop else caption for drop, caption in zip(no_text.tolist(), batch.captions, strict=True)]
@@ -215,8 +225,8 @@ class DiffusionTask(Task):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(noisy latents, the network's output, its target), each [b, c, t, h, w], of these clips at these steps [b].
 
-        Noise and conditions are drawn from `rng`. A condition in `swap` ("text", "context", "vdg") comes from the
-        batch's previous clip.
+        `rng` draws the noise and the conditions. A condition in `swap` ("text", "context", "vdg") is that of the
+        previous clip of the batch.
         """
         networks, c, size = self.networks, self.conditions, len(batch)
         device = next(self.unet.parameters()).device
@@ -245,7 +255,7 @@ class DiffusionTask(Task):
 
     @torch.no_grad()
     def predicted_latents(self, batch: Batch, rng: torch.Generator) -> Tensor:
-        """The clips' latents as the network predicts them, each from a time of its own: [b, t, c, h, w], unscaled."""
+        """Latents of the clips as the network predicts them, each at its own random step: [b, t, c, h, w], unscaled."""
         times = self.draw_times(len(batch), rng)
         noisy, output, _ = self.predict(batch, times, rng)
         times = times.to(noisy.device)
@@ -256,11 +266,12 @@ class DiffusionTask(Task):
         return clean.transpose(1, 2) / self.networks.cfg.autoencoder.scale_factor
 
     def clip_errors(self, batch: Batch, times: Tensor, rng: torch.Generator, swap: Collection[str] = ()) -> Tensor:
-        """Mean squared error of the network's output for each of these clips, at these time steps [b]: [b]."""
+        """Mean squared error of the network's output for each of these clips, at these steps [b]: [b]."""
         _, output, target = self.predict(batch, times, rng, swap)
         return (output.float() - target).square().mean(dim=(1, 2, 3, 4))
 
     def loss(self, batch: Batch, times: Tensor, rng: torch.Generator) -> dict[str, Tensor]:
+        """The mean over these clips at these steps [b]; "unweighted" is the same without min_snr."""
         error = self.clip_errors(batch, times, rng)
         if not self.min_snr:
             return {"loss": error.mean()}

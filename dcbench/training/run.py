@@ -1,12 +1,11 @@
-"""`dcbench train`: the stages of a recipe one after the other, each resumable, into one directory.
+"""`dcbench train`: learn the stages of a recipe one after the other, each resumable, into one directory.
 
-<out>/<stage>/{state.pt, log.jsonl, weights.safetensors}  <out>/loss.png  <out>/start.json
-<out>/weights.safetensors  <out>/config.json      what a model card's `variant` and `weights` can name
+A model card can name this directory (`options.folder`) when the training is finished. Its files: see `directory`.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -14,34 +13,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dcbench import clips
-from dcbench.catalogue import find_dataset, load_entry_point
-from dcbench.datasets.base import find_root
 from dcbench.errors import UserError
+from dcbench.files import read_json, write_json
 from dcbench.models.dynamicrafter.networks import Networks
-from dcbench.record import write_text
 from dcbench.seeding import clip_seed
-from dcbench.training.data import CachedPool, ClipPool
+from dcbench.training.data import CachedPool
+from dcbench.training.directory import Training
 from dcbench.training.loop import Process, Task, fit, plot_log, process_group
 from dcbench.training.networks import PREFIXES, build, freeze, normalise_latents, save, set_scale_factor
 from dcbench.training.objective import AutoencoderTask, ContrastiveTask, DiffusionTask, Pool
-from dcbench.training.recipe import (
-    AutoencoderStage,
-    ClipStage,
-    DiffusionStage,
-    Recipe,
-    Stage,
-    Start,
-    runs_unet,
-    trains_decoder_alone,
-)
+from dcbench.training.recipe import AutoencoderStage, ClipStage, DiffusionStage, Recipe, Stage, Start, runs_unet
 from dcbench.training.start import begin, copy_text_keys
-from dcbench.weights import atomic_write, load_tensors, sha256_file
+from dcbench.weights import load_tensors
 
-LEARNED = {"autoencoder": ("autoencoder",), "clip": ("text", "image"), "diffusion": ("unet", "query_transformer")}
-Progress = Callable[[str, int, int, dict[str, float]], None]  # stage, step, steps, the log's line
+Progress = Callable[[str, int, int, dict[str, float]], None]  # stage, step, steps, the line of the log
 
 
-def run(
+def train(
     recipe: Recipe,
     out: Path,
     data_root: Path | None = None,
@@ -49,159 +37,161 @@ def run(
     device: str = "auto",
     stop_after: float | None = None,
     progress: Progress | None = None,
+    latents: Path | None = None,
 ) -> bool:
     """Train the recipe's stages (or those named, in the recipe's order) into `out`; True when they are finished.
 
-    A stage that is finished is not done again; one that was interrupted continues. Stops, resumable, after
-    `stop_after` seconds.
+    A finished stage is not trained again; an interrupted one continues. A stage stops after `stop_after` seconds, and
+    the same call continues it. `latents`: the folder of cached latents, by default `out`; trainings on the same clips
+    may share it.
     """
     for name in stages or ():
         recipe.stage(name)
     with process_group(device) as process:
-        networks = build(recipe.config(), clip_seed(recipe.seed, "networks"))
-        _begin(networks, recipe.start, out, process)
-        networks.to(process.device)
-        pools = _Pools(recipe, networks, out, data_root, process)
+        trainer = _Trainer(recipe, Training(out), process)
+        pools = _Pools(recipe, trainer.networks, Training(latents or out), data_root, process)
         for stage in recipe.stages:
-            done = _weights(out, stage)
-            if done.is_file():
-                _load_stage(networks, done, stage)
+            if trainer.training.stage(stage.name).finished:
+                trainer.load(stage)
+            elif stages and stage.name not in stages:
                 continue
-            if stages and stage.name not in stages:
-                continue
-            _check_earlier(recipe, stage, out)
-            if _first_to_see_images(recipe, stage):
-                copy_text_keys(networks)
-            _begin(networks, stage.start, out, process)
-            task = make_task(stage, networks, pools.get(stage))
-            settings = stage.model_dump(exclude_defaults=True)  # a field that a later version gains is no other setting
-            identity = {"stage": settings, "seed": recipe.seed, "config": asdict(networks.cfg)}
-
-            def report(step: int, line: dict[str, float], stage: Stage = stage) -> None:
-                if progress:
-                    progress(stage.name, step, stage.steps, line)
-
-            seed = clip_seed(recipe.seed, f"stage/{stage.name}")
-            if not fit(task, stage.loop(), done.parent, seed, process, stop_after, report, identity):
+            elif not trainer.learn(stage, pools, stop_after, progress):
                 return False
-            freeze(networks)
-            if stage.objective == "autoencoder" and not trains_decoder_alone(stage):
-                normalise_latents(networks, sample_latents(networks, pools.plain()))
-            if process.first:
-                _save_stage(networks, done, stage)
-                logs = {
-                    s.name: out / s.name / "log.jsonl" for s in recipe.stages if (out / s.name / "log.jsonl").is_file()
-                }
-                plot_log(logs, out / "loss.png")
-            if process.world > 1:  # nobody asks for the stage's files before they are there
-                dist.barrier()
-        if process.first and all(_weights(out, stage).is_file() for stage in recipe.stages):
-            for stage in recipe.stages:  # some of them another process may have trained meanwhile
-                _load_stage(networks, _weights(out, stage), stage)
-            export(networks, out)
+        trainer.export()
         return True
 
 
-def _weights(out: Path, stage: Stage) -> Path:
-    """What a stage has learned; the file is there when the stage is finished."""
-    return out / stage.name / "weights.safetensors"
+class _Trainer:
+    """The networks of a recipe as trained so far, and the directory of their training."""
 
+    def __init__(self, recipe: Recipe, training: Training, process: Process) -> None:
+        self.recipe, self.training, self.process = recipe, training, process
+        self.networks = build(recipe.config(), clip_seed(recipe.seed, "networks"))
+        self._begin(recipe.start)
+        self.networks.to(process.device)
 
-def _begin(networks: Networks, starts: tuple[Start, ...], out: Path, process: Process) -> None:
-    for start in starts:
-        state = _read(start)
-        if process.first:
-            _remember(start, out)
-        new = begin(networks, state, start.parts, start.layout, start.keep)
-        if new and process.first:
-            print(f"{start.file}: {len(new)} tensors begin as new:", *new, sep="\n  ")
+    def learn(self, stage: Stage, pools: "_Pools", stop_after: float | None, progress: Progress | None) -> bool:
+        """Train one stage and save what it has learned; False when it was stopped before its last step."""
+        recipe, networks, files = self.recipe, self.networks, self.training.stage(stage.name)
+        self._check_earlier(stage)
+        if self._first_to_see_images(stage):
+            copy_text_keys(networks)
+        self._begin(stage.start)
+        task = make_task(stage, networks, pools.of(stage))
+        # without defaults: a field that a later version adds does not change the identity of an unfinished stage
+        settings = stage.model_dump(exclude_defaults=True)
+        identity = {"stage": settings, "seed": recipe.seed, "config": asdict(networks.cfg)}
 
+        def on_step(step: int, line: dict[str, float]) -> None:
+            if progress:
+                progress(stage.name, step, stage.steps, line)
 
-def _remember(start: Start, out: Path) -> None:
-    """Note the file's sha256 in <out>/start.json; an error if this training began with another one of that name."""
-    path, sha256 = out / "start.json", sha256_file(start.path)
-    known = json.loads(path.read_text()) if path.is_file() else {}
-    if known.setdefault(start.file, sha256) != sha256:
-        raise UserError(f"{out} was begun with another {start.file}; choose another --out, or bring that file back")
-    write_text(path, json.dumps(known, indent=1) + "\n")
+        seed = clip_seed(recipe.seed, f"stage/{stage.name}")
+        if not fit(task, stage, files, seed, self.process, stop_after, on_step, identity):
+            return False
+        freeze(networks)
+        if isinstance(stage, AutoencoderStage) and not stage.decoder_only:
+            normalise_latents(networks, sample_latents(networks, pools.frames))
+        if self.process.first:
+            write_json(files.config, networks.cfg.to_dict())
+            save(networks, files.weights, parts=stage.parts)  # last: the stage is finished when this file is there
+            logs = {s.name: self.training.stage(s.name).log_lines() for s in recipe.stages}
+            plot_log({name: lines for name, lines in logs.items() if lines}, self.training.loss_curves)
+        if self.process.world > 1:  # the other processes must not look for these files before they are there
+            dist.barrier()
+        return True
 
+    def load(self, stage: Stage) -> None:
+        """Load what a finished stage has learned; UserError if it was trained for another model."""
+        files = self.training.stage(stage.name)
+        state = load_tensors(files.weights)
+        prefixes = tuple(PREFIXES[part] for part in stage.parts)
+        own = {name for name in self.networks.state_dict() if name.startswith(prefixes)}
+        if differing := sorted(own ^ set(state)):
+            raise UserError(
+                f"{files.weights} is of another model than the recipe's: {len(differing)} tensors are in one of them "
+                f"only, such as {differing[0]}; choose another --out, or remove {files.path} to train the stage anew"
+            )
+        begin(self.networks, state, stage.parts)
+        if stage.objective == "autoencoder":
+            set_scale_factor(self.networks, read_json(files.config)["autoencoder"]["scale_factor"])
 
-def _read(start: Start) -> dict[str, Tensor]:
-    if not start.path.is_file():
-        raise UserError(f"{start.path} is not here, and this recipe begins with it. {start.how}")
-    return load_tensors(start.path)
+    def export(self) -> None:
+        """If all stages are finished, write the model's weights (float16, released names) and configuration."""
+        stages, training = self.recipe.stages, self.training
+        if self.process.first and all(training.stage(stage.name).finished for stage in stages):
+            for stage in stages:  # again, because another process may have trained some of them meanwhile
+                self.load(stage)
+            save(self.networks, training.weights, torch.float16)
+            write_json(training.config, self.networks.cfg.to_dict())
 
+    def _begin(self, starts: tuple[Start, ...]) -> None:
+        for start in starts:
+            if not start.path.is_file():
+                raise UserError(f"{start.path} is not here, and this recipe begins with it. {start.how}")
+            if self.process.first:
+                self.training.remember_start(start.file, start.path)
+            new = begin(self.networks, load_tensors(start.path), start.parts, start.layout, start.keep)
+            if new and self.process.first:
+                print(f"{start.file}: {len(new)} tensors begin as new:", *new, sep="\n  ")
 
-def _check_earlier(recipe: Recipe, stage: Stage, out: Path) -> None:
-    """Where the U-Net runs, all but the decoder's own stages are needed; else the autoencoder and CLIP learn alone."""
-    for earlier in recipe.stages[: recipe.stages.index(stage)]:
-        needed = stage.objective == earlier.objective or (runs_unet(stage) and not trains_decoder_alone(earlier))
-        if needed and not _weights(out, earlier).is_file():
-            raise UserError(f"stage {stage.name} needs stage {earlier.name}, which is not finished in {out}")
+    def _check_earlier(self, stage: Stage) -> None:
+        """Raise UserError if the stage needs an earlier one that is not finished.
 
+        A stage that runs the U-Net needs all earlier stages but those of the decoder alone. The autoencoder and CLIP
+        need only the earlier stages of their own objective.
+        """
+        for earlier in self.recipe.before(stage):
+            decoder_alone = isinstance(earlier, AutoencoderStage) and earlier.decoder_only
+            needed = stage.objective == earlier.objective or (runs_unet(stage) and not decoder_alone)
+            if needed and not self.training.stage(earlier.name).finished:
+                where = self.training.path
+                raise UserError(f"stage {stage.name} needs stage {earlier.name}, which is not finished in {where}")
 
-def _first_to_see_images(recipe: Recipe, stage: Stage) -> bool:
-    """True for the first stage with an image context after stages that saw text alone."""
-    earlier = [s for s in recipe.stages[: recipe.stages.index(stage)] if isinstance(s, DiffusionStage)]
-    seen = isinstance(stage, DiffusionStage) and stage.context != "none"
-    return seen and bool(earlier) and all(s.context == "none" for s in earlier)
+    def _first_to_see_images(self, stage: Stage) -> bool:
+        """True for the first stage with an image context, if the U-Net was trained with text only before."""
+        earlier = [s for s in self.recipe.before(stage) if isinstance(s, DiffusionStage)]
+        sees = isinstance(stage, DiffusionStage) and stage.context != "none"
+        return sees and bool(earlier) and all(s.context == "none" for s in earlier)
 
 
 def make_task(stage: Stage, networks: Networks, pool: Pool) -> Task:
-    """The stage's objective over `pool`, with exactly its parameters trainable."""
+    """The task of a stage on the clips of `pool`. Only the parameters that the stage trains require gradients."""
     freeze(networks)
     if isinstance(stage, AutoencoderStage):
-        predict = None
-        if stage.predicted_latents:
-            unet = DiffusionTask(networks, pool, stage.conditions(), roles=())
-            predict = unet.predicted_latents
-        return AutoencoderTask(networks, pool, stage.rebuilding(), predict)
+        predict = DiffusionTask(networks, pool, stage, ()).predicted_latents if stage.predicted_latents else None
+        return AutoencoderTask(networks, pool, stage, predict)
     if isinstance(stage, ClipStage):
         return ContrastiveTask(networks, pool, stage.last_frames)
     return DiffusionTask(
-        networks, pool, stage.conditions(), stage.train, stage.single_frames, stage.fixed_image_scale, stage.min_snr
+        networks, pool, stage, stage.train, stage.single_frames, stage.fixed_image_scale, stage.min_snr
     )
 
 
 class _Pools:
-    """The recipe's clips, read once; latents are cached when the first diffusion stage needs them."""
+    """The clips of a recipe. With `data.cache` they are read once, and latents are kept in `folder`."""
 
-    def __init__(self, recipe: Recipe, networks: Networks, out: Path, root: Path | None, process: Process) -> None:
-        self.recipe, self.networks, self.out, self.process = recipe, networks, out, process
-        card = find_dataset(recipe.data.dataset)
-        dataset = load_entry_point(card)(card, find_root(card, root), {**card.options, **recipe.data.options})
-        items = dataset.items(recipe.data.split)
-        if not items:
-            raise UserError(f"{card.name}: the split {recipe.data.split!r} is empty")
-        config = networks.cfg
-        self.pool = ClipPool(
-            items,
-            config.num_frames,
-            recipe.data.strides,
-            config.height,
-            config.width,
-            recipe.data.clips,
-            recipe.data.seed,
-        )
-        self.cached: dict[bool, CachedPool] = {}
+    def __init__(
+        self, recipe: Recipe, networks: Networks, folder: Training, data_root: Path | None, process: Process
+    ) -> None:
+        self.networks, self.folder, self.process = networks, folder, process
+        self.pool, self.cache = recipe.data.pool(networks.cfg, data_root), recipe.data.cache
 
-    def plain(self) -> Pool:
-        return self._cached(latents=False) if self.recipe.data.cache else self.pool
+    @cached_property
+    def frames(self) -> Pool:
+        """The clips without latents."""
+        return CachedPool(self.pool) if self.cache else self.pool
 
-    def get(self, stage: Stage) -> Pool:
-        if not self.recipe.data.cache:
-            return self.pool
-        return self._cached(latents=runs_unet(stage))
-
-    def _cached(self, latents: bool) -> CachedPool:
-        if latents not in self.cached:
-            encode = self._encode if latents else None
-            if not self.process.first:  # the first process writes the latents, the others read them
-                dist.barrier()
-            self.cached[latents] = CachedPool(self.pool, self.out / "latents.safetensors", encode)
-            if self.process.first and self.process.world > 1:
-                dist.barrier()
-        return self.cached[latents]
+    def of(self, stage: Stage) -> Pool:
+        """The clips for a stage, with latents of the autoencoder as trained so far if it runs the U-Net."""
+        if not (isinstance(self.frames, CachedPool) and runs_unet(stage)):
+            return self.frames
+        if not self.process.first:  # the first process writes the latents, then the others read them
+            dist.barrier()
+        pool = self.frames.with_latents(self.folder.latents(self.networks.autoencoder), self._encode)
+        if self.process.first and self.process.world > 1:
+            dist.barrier()
+        return pool
 
     @torch.no_grad()
     def _encode(self, frames: Tensor) -> Tensor:
@@ -210,7 +200,7 @@ class _Pools:
 
 @torch.no_grad()
 def sample_latents(networks: Networks, pool: Pool) -> Tensor:
-    """Samples of the posterior of 1024 frames, one of each of as many clips: [1024, c, h / f, w / f]."""
+    """Samples of the posterior for 1024 frames, one from each of 1024 clips: [1024, c, h/f, w/f]."""
     rng = torch.Generator().manual_seed(0)
     device = next(networks.autoencoder.parameters()).device
     latents = []
@@ -220,32 +210,3 @@ def sample_latents(networks: Networks, pool: Pool) -> Tensor:
         posterior = networks.autoencoder.encode(clips.to_float(frames[torch.arange(64), pick]).to(device))
         latents.append(posterior.sample(torch.randn(posterior.mean.shape, generator=rng).to(device)))
     return torch.cat(latents)
-
-
-def _save_stage(networks: Networks, path: Path, stage: Stage) -> None:
-    """The parts that this stage's objective can change: independent stages may run side by side into one directory."""
-    save(networks, path, parts=LEARNED[stage.objective])
-    with atomic_write(path.with_name("config.json")) as temporary:
-        temporary.write_text(json.dumps(networks.cfg.to_dict(), indent=1))
-
-
-def _load_stage(networks: Networks, path: Path, stage: Stage) -> None:
-    parts = LEARNED[stage.objective]
-    state = load_tensors(path)
-    own = {name for name in networks.state_dict() if name.startswith(tuple(PREFIXES[part] for part in parts))}
-    if differing := sorted(own ^ set(state)):
-        raise UserError(
-            f"{path} is of another model than the recipe's: {len(differing)} tensors are in one of them only, such as "
-            f"{differing[0]}; choose another --out, or remove {path.parent} to train the stage anew"
-        )
-    begin(networks, state, parts, "dynamicrafter")
-    if stage.objective == "autoencoder":
-        config = json.loads(path.with_name("config.json").read_text())
-        set_scale_factor(networks, config["autoencoder"]["scale_factor"])
-
-
-def export(networks: Networks, out: Path) -> None:
-    """The finished model: weights in half precision under the released names, and its configuration."""
-    save(networks, out / "weights.safetensors", torch.float16)
-    with atomic_write(out / "config.json") as temporary:
-        temporary.write_text(json.dumps(networks.cfg.to_dict(), indent=1))

@@ -1,7 +1,7 @@
-"""Where a training may begin: files of Stable Diffusion, VideoCrafter, open_clip or this repository.
+"""Weights to begin a training with: files of Stable Diffusion, VideoCrafter, open_clip or this repository.
 
-DynamiCrafter's authors began stage 1 from Stable Diffusion 2.1 and stages 2-3 from a VideoCrafter text-to-video model:
-the same U-Net without the image branch, and (Stable Diffusion) without the temporal layers.
+DynamiCrafter's authors began stage 1 from Stable Diffusion 2.1, and stages 2 and 3 from a VideoCrafter text-to-video
+model. Both have the same U-Net without the image branch; Stable Diffusion's has no temporal layers either.
 """
 
 import re
@@ -31,7 +31,7 @@ def to_released_names(state: Mapping[str, Tensor], layout: Layout, networks: Net
 
 
 def _with_temporal_places(name: str, own: Mapping[str, Tensor]) -> str:
-    """A name of the image U-Net where the temporal transformers take places: what follows them moves up by one."""
+    """The video U-Net's name of an image U-Net's tensor: behind a temporal transformer the number is higher by one."""
     if match := re.fullmatch(rf"({re.escape(UNET)}middle_block)\.2\.(.+)", name):
         return f"{match[1]}.3.{match[2]}"
     if match := re.fullmatch(rf"({re.escape(UNET)}output_blocks\.\d+)\.2\.(conv\..+)", name):
@@ -43,17 +43,18 @@ def _with_temporal_places(name: str, own: Mapping[str, Tensor]) -> str:
 def begin(
     networks: Networks,
     state: Mapping[str, Tensor],
-    parts: tuple[str, ...],
-    layout: Layout,
+    parts: tuple[str, ...] = tuple(PREFIXES),
+    layout: Layout = "dynamicrafter",
     keep: tuple[str, ...] = (),
 ) -> list[str]:
-    """Take over the weights of these parts; returns the names of tensors that begin as new.
+    """Load the weights of these parts; returns the names of the tensors that `state` does not have.
 
-    Parameters of the roles `keep` stay as they are: they were learned before.
+    Parameters of the roles in `keep` stay as they are, because earlier stages have learned them.
 
-    New in the U-Net: the extra input channels are zero (the image latents have no say yet); image keys and values begin
-    as copies of the text's, for the query transformer shall speak the text's language; gates begin at λ = 1; temporal
-    layers as the identity. A tensor of another shape, or a part of which nothing is there, is an error.
+    What the U-Net has and `state` has not: extra input channels are 0, so that the image latents change nothing at
+    first. Image keys and values are copies of the text keys and values, so that the tokens of the query transformer can
+    be used like text tokens. Gates have λ = 1, and temporal layers are the identity. Raises UserError for a tensor of
+    another shape, and for a part of which `state` has nothing.
     """
     state = to_released_names(state, layout, networks)
     own = networks.state_dict()
@@ -85,7 +86,7 @@ def begin(
 
 
 def copy_text_keys(networks: Networks) -> None:
-    """The image branch of a model that has seen only text: keys and values begin as copies of the text's."""
+    """Set image keys and values to the text keys and values: for a model that was trained with text only."""
     for layer in networks.unet.cross_attentions():
         layer.to_k_ip.load_state_dict(layer.to_k.state_dict())
         layer.to_v_ip.load_state_dict(layer.to_v.state_dict())

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dcbench.training.run import run
+from dcbench.training.run import train
 from dcbench.weights import load_tensors
 
 WORKER = """
@@ -18,9 +18,9 @@ import pytest
 import torch
 torch.set_num_threads(1)
 from dcbench.training.recipe import Recipe
-from dcbench.training.run import run
+from dcbench.training.run import train
 recipe = Recipe.model_validate_json(Path(sys.argv[1]).read_text())
-assert run(recipe, Path(sys.argv[2]), device="cpu")
+assert train(recipe, Path(sys.argv[2]), device="cpu")
 """
 
 
@@ -39,7 +39,7 @@ def test_two_processes_train_one_model(make_recipe, tmp_path):
         cwd=Path(__file__).parents[2],
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert run(recipe, tmp_path / "one", device="cpu")
+    assert train(recipe, tmp_path / "one", device="cpu")
     lines = (tmp_path / "two" / "joint" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
     one, two = (load_tensors(tmp_path / name / "weights.safetensors") for name in ("one", "two"))

@@ -14,7 +14,7 @@ from dcbench.training.loop import LoopConfig, Task, make_optimisers, orthogonali
 from dcbench.training.networks import build, normalise_latents, save
 from dcbench.training.objective import draw_times
 from dcbench.training.recipe import FOLDER, find_recipe
-from dcbench.training.run import make_task, run
+from dcbench.training.run import make_task, train
 from dcbench.weights import load_tensors
 
 ALL = ("context", "spatial", "temporal")
@@ -44,7 +44,7 @@ def test_the_stages_train_what_they_say_and_leave_the_rest_bit_unchanged(make_re
         {"name": "clip", "objective": "clip"},
         *(BASE, CONTEXT, ADAPT, JOINT, entire),
     )
-    assert run(recipe, tmp_path, device="cpu")
+    assert train(recipe, tmp_path, device="cpu")
     base, context, adapt, joint, all_of_it = (
         weights(tmp_path, name) for name in ("base", "context", "adapt", "joint", "entire")
     )
@@ -68,7 +68,7 @@ def test_the_stages_train_what_they_say_and_leave_the_rest_bit_unchanged(make_re
 def test_a_run_that_was_killed_ends_with_the_same_bits(make_recipe, tmp_path, muon_lr):
     stage = {"steps": 6, "ema": 0.9, "accumulate": 2, "warmup": 2, "final_lr": 1e-4, "muon_lr": muon_lr}
     recipe = make_recipe({**JOINT, **stage})
-    assert run(recipe, tmp_path / "whole", device="cpu")
+    assert train(recipe, tmp_path / "whole", device="cpu")
 
     class Killed(Exception):
         pass
@@ -78,9 +78,9 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(make_recipe, tmp_path, mu
             raise Killed
 
     with pytest.raises(Killed):
-        run(recipe, tmp_path / "parts", device="cpu", progress=kill)
+        train(recipe, tmp_path / "parts", device="cpu", progress=kill)
     assert not (tmp_path / "parts" / "joint" / "weights.safetensors").exists()
-    assert run(recipe, tmp_path / "parts", device="cpu")
+    assert train(recipe, tmp_path / "parts", device="cpu")
     whole, parts = weights(tmp_path / "whole", "joint"), weights(tmp_path / "parts", "joint")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     logs = [
@@ -92,15 +92,15 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(make_recipe, tmp_path, mu
 
 def test_a_stopped_run_continues(make_recipe, tmp_path):
     recipe = make_recipe({**JOINT, "steps": 3})
-    assert not run(recipe, tmp_path, device="cpu", stop_after=0)
+    assert not train(recipe, tmp_path, device="cpu", stop_after=0)
     assert torch.load(tmp_path / "joint" / "state.pt", weights_only=True)["step"] == 1
-    assert run(recipe, tmp_path, device="cpu")
+    assert train(recipe, tmp_path, device="cpu")
 
 
 def test_other_settings_do_not_continue_a_run(make_recipe, tmp_path):
-    run(make_recipe({**JOINT, "steps": 3}), tmp_path, device="cpu", stop_after=0)
+    train(make_recipe({**JOINT, "steps": 3}), tmp_path, device="cpu", stop_after=0)
     with pytest.raises(UserError, match="other settings"):
-        run(make_recipe({**JOINT, "steps": 3, "lr": 1e-4}), tmp_path, device="cpu")
+        train(make_recipe({**JOINT, "steps": 3, "lr": 1e-4}), tmp_path, device="cpu")
 
 
 def test_independent_stages_may_lie_in_one_directory(make_recipe, tmp_path):
@@ -111,27 +111,27 @@ def test_independent_stages_may_lie_in_one_directory(make_recipe, tmp_path):
 
     def meanwhile(stage, step, steps, line):
         if stage == "joint" and step == 1:
-            run(recipe, tmp_path / "a", device="cpu", stages=("sharpen",))
+            train(recipe, tmp_path / "a", device="cpu", stages=("sharpen",))
 
-    run(recipe, tmp_path / "a", device="cpu", stages=("clip",))
-    run(recipe, tmp_path / "a", device="cpu", stages=("autoencoder", "joint"), progress=meanwhile)
-    run(recipe, tmp_path / "b", device="cpu")
+    train(recipe, tmp_path / "a", device="cpu", stages=("clip",))
+    train(recipe, tmp_path / "a", device="cpu", stages=("autoencoder", "joint"), progress=meanwhile)
+    train(recipe, tmp_path / "b", device="cpu")
     a, b = (load_tensors(tmp_path / name / "weights.safetensors") for name in "ab")
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_a_finished_stage_of_another_model_is_refused(make_recipe, tmp_path):
     recipe = make_recipe({"name": "autoencoder", "objective": "autoencoder"})
-    run(recipe, tmp_path, device="cpu")
+    train(recipe, tmp_path, device="cpu")
     deeper = {**recipe.model, "autoencoder": {**recipe.model["autoencoder"], "num_res_blocks": 3}}
     with pytest.raises(UserError, match="of another model than the recipe's"):
-        run(recipe.model_copy(update={"model": deeper}), tmp_path, device="cpu")
+        train(recipe.model_copy(update={"model": deeper}), tmp_path, device="cpu")
 
 
 def test_a_stage_of_the_decoder_alone_leaves_the_latents(make_recipe, tmp_path):
     whole = {"name": "autoencoder", "objective": "autoencoder"}
     sharpen = {"name": "sharpen", "objective": "autoencoder", "decoder_only": True, "latent_noise": 0.1}
-    assert run(make_recipe(whole, sharpen), tmp_path, device="cpu")
+    assert train(make_recipe(whole, sharpen), tmp_path, device="cpu")
     before, after = weights(tmp_path, "autoencoder"), weights(tmp_path, "sharpen")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     decoder = ("first_stage_model.decoder.", "first_stage_model.post_quant_conv.")
@@ -144,9 +144,9 @@ def test_the_decoder_learns_from_what_the_u_net_predicts(make_recipe, tmp_path):
     sharpen = {"name": "sharpen", "objective": "autoencoder", "decoder_only": True}
     predicted = {**sharpen, "predicted_latents": 0.75, "condition_frame": "first"}
     with pytest.raises(UserError, match="sharpen needs stage joint"):
-        run(make_recipe(whole, JOINT, predicted), tmp_path, device="cpu", stages=("autoencoder", "sharpen"))
+        train(make_recipe(whole, JOINT, predicted), tmp_path, device="cpu", stages=("autoencoder", "sharpen"))
     for name, stage in (("predicted", predicted), ("plain", sharpen)):
-        assert run(make_recipe(whole, JOINT, stage), tmp_path / name, device="cpu")
+        assert train(make_recipe(whole, JOINT, stage), tmp_path / name, device="cpu")
     before, after = weights(tmp_path / "predicted", "joint"), load_tensors(tmp_path / "predicted/weights.safetensors")
     assert all(torch.equal(before[name].half(), after[name]) for name in before)
     decoder = ("first_stage_model.decoder.", "first_stage_model.post_quant_conv.")
@@ -163,12 +163,12 @@ def test_the_decoder_learns_from_what_the_u_net_predicts(make_recipe, tmp_path):
 
 
 def test_training_starts_from_a_checkpoint_and_says_what_was_new(make_recipe, tmp_path, capsys):
-    run(make_recipe(BASE), tmp_path / "base", device="cpu")
+    train(make_recipe(BASE), tmp_path / "base", device="cpu")
     state = load_tensors(tmp_path / "base" / "weights.safetensors")
     before = {name: value for name, value in state.items() if "_ip." not in name and not name.endswith("alpha")}
     torch.save(before, tmp_path / "t2v.pt")
     start = ({"file": str(tmp_path / "t2v.pt"), "parts": ("unet", "autoencoder", "text", "image")},)
-    run(make_recipe(CONTEXT, start=start), tmp_path / "next", device="cpu")
+    train(make_recipe(CONTEXT, start=start), tmp_path / "next", device="cpu")
     said = capsys.readouterr().out
     assert "to_k_ip" in said and "begin as new" in said
     after = load_tensors(tmp_path / "next" / "weights.safetensors")
@@ -177,7 +177,7 @@ def test_training_starts_from_a_checkpoint_and_says_what_was_new(make_recipe, tm
     wrong = ({"file": str(tmp_path / "t2v.pt"), "parts": ("query_transformer",)},)
     torch.save({name: state[name]}, tmp_path / "t2v.pt")
     with pytest.raises(UserError, match="nothing of query_transformer"):
-        run(make_recipe(CONTEXT, start=wrong), tmp_path / "wrong", device="cpu")
+        train(make_recipe(CONTEXT, start=wrong), tmp_path / "wrong", device="cpu")
 
 
 def test_the_learning_rate_warms_up_and_falls():
@@ -189,13 +189,13 @@ def test_the_learning_rate_warms_up_and_falls():
 
 def test_batches_that_do_not_divide_are_refused(make_recipe, tmp_path):
     with pytest.raises(UserError, match="multiple of 3"):
-        run(make_recipe({**JOINT, "accumulate": 3}), tmp_path, device="cpu")
+        train(make_recipe({**JOINT, "accumulate": 3}), tmp_path, device="cpu")
 
 
 def test_accumulation_is_the_mean_of_its_parts(make_recipe, tmp_path):
     """One step of plain gradient descent on two parts of two clips equals the mean of the two gradients."""
     recipe = make_recipe({**JOINT, "steps": 1, "accumulate": 2})
-    assert run(recipe, tmp_path, device="cpu")
+    assert train(recipe, tmp_path, device="cpu")
     line = json.loads((tmp_path / "joint" / "log.jsonl").read_text())
     assert line["loss"] > 0 and line["grad_norm"] > 0
 
@@ -205,12 +205,12 @@ def test_a_training_does_not_go_on_from_another_file_of_the_same_name(make_recip
     file = tmp_path / "begin.safetensors"
     recipe = make_recipe({**JOINT, "steps": 2}, start=[{"file": str(file), "parts": ["unet"]}])
     save(build(recipe.config(), 5), file)
-    assert not run(recipe, tmp_path / "out", device="cpu", stop_after=0)
+    assert not train(recipe, tmp_path / "out", device="cpu", stop_after=0)
     save(build(recipe.config(), 6), file)
     with pytest.raises(UserError, match=r"begun with another .*begin\.safetensors; choose another --out"):
-        run(recipe, tmp_path / "out", device="cpu")
+        train(recipe, tmp_path / "out", device="cpu")
     save(build(recipe.config(), 5), file)
-    assert run(recipe, tmp_path / "out", device="cpu")
+    assert train(recipe, tmp_path / "out", device="cpu")
 
 
 def test_every_shipped_recipe_is_valid():
