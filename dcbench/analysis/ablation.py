@@ -1,37 +1,45 @@
-"""`dcbench ablate` and the λ sweep: every arm of a suite through the ordinary run, then one table.
+"""`dcbench ablate` and the λ sweep: run the arms of a suite on the same clips, and make a table of their records.
 
-<out>/<arm>/seed-<s>/     an ordinary run directory: plan, clips, record; resumable, shared by later calls; gap.json
-                          an arm whose request is an earlier one's (steps 25 = eta 1) has copies of its clips
-<out>/<arm>/training-<s>/ training suites: the arm's own stages, from <out>/shared
+<out>/<arm>/seed-<s>/     an ordinary run directory (plan, clips, record), and gap.json. Later calls continue it.
+                          Arms with the same settings (steps 25 = eta 1) share the run directory of the first arm
+<out>/<arm>/training-<s>/ training suites: the training of the arm; it starts from <out>/shared
 <out>/stages/             stages that several arms have in common, trained once
-<out>/suite.json, table.{md,csv}, curves-<metric>.png   `rebuild` makes the last ones from the records alone
-<out>/frames-<group>-<n>.png   two clips as every arm made them
+<out>/suite.json, table.{md,csv}, curves-<metric>.png   `rebuild` makes table and curves from the records alone
+<out>/frames-<group>-<n>.png   two clips of every arm
 """
 
-import json
-import shutil
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
-from dcbench import planning, run
-from dcbench.analysis.compare import compare_runs
-from dcbench.analysis.judge import ASPECTS, judge
-from dcbench.analysis.statistics import Comparison, wilson
+from dcbench.analysis.compare import Compared, compare_runs
 from dcbench.analysis.suite import Arm, Suite, arm_card
-from dcbench.analysis.suite_table import Interval, Row, write_table
-from dcbench.analysis.trained_arms import held_out_of, train_arm
+from dcbench.analysis.suite_table import ArmScores, write_table
 from dcbench.catalogue import DatasetCard, ModelCard, find_model
-from dcbench.clips import resize
-from dcbench.datasets.shapes import ShapesVideo
 from dcbench.errors import UserError
+from dcbench.files import digest, read_json, sha256_file, write_json
 from dcbench.protocol import Protocol
-from dcbench.ranks import on_first_rank
-from dcbench.record import read_record, write_text
+from dcbench.record import read_record
 from dcbench.reports import write_frames
-from dcbench.reports.tables import load_runs
-from dcbench.training.held_out import HeldOut
-from dcbench.weights import sha256_file
+from dcbench.reports.tables import load_results
+from dcbench.runs import planning
+from dcbench.runs.run import Options, Run
+from dcbench.runs.sampling import sample
+from dcbench.runs.scoring import score
+from dcbench.training.arms import arm_recipe, held_out_of, train_arm
+from dcbench.training.directory import Training
+from dcbench.training.held_out import read_held_out
+from dcbench.training.recipe import find_recipe
+
+
+@dataclass(frozen=True)
+class ArmRun:
+    """An arm with one seed. `training`: the directory of its training, None for arms that are not trained."""
+
+    arm: Arm
+    seed: int
+    run: Run
+    training: Training | None = None
 
 
 def run_suite(
@@ -40,116 +48,139 @@ def run_suite(
     dataset: DatasetCard,
     protocol: Protocol,
     out: Path,
-    options: run.Options,
+    options: Options,
     seeds: Sequence[int] = (123,),
     limit: int | None = None,
     metrics: Sequence[str] | None = None,
     data: Path | None = None,
-) -> list[Row]:
-    """Run what is missing, score it, compare it with the baseline arm, and write the table into `out`."""
-    write_text(out / "suite.json", json.dumps({"suite": suite.model_dump(), "seeds": list(seeds)}, indent=1) + "\n")
-    begun: list[planning.Job] = []
+) -> list[ArmScores]:
+    """Sample and score what is missing, compare it with the baseline arm, and write the table. Returns its rows."""
+    arm_runs = plan_arms(suite, model, dataset, protocol, out, seeds, limit, data, options.quiet)
+    places = {arm.name: {} for arm in suite.arms}
+    for planned in arm_runs:
+        places[planned.arm.name][str(planned.seed)] = planned.run.directory.path.relative_to(out).as_posix()
+    write_json(out / "suite.json", {"suite": suite.model_dump(mode="json"), "seeds": list(seeds), "runs": places})
+    chosen = [*(metrics or suite.metrics), *dataset.metrics]
     for count, arm in enumerate(suite.arms, 1):
-        for seed in seeds:
-            folder = out / _folder(arm.name)
-            card = arm_card(model, arm)
-            if arm.clips:
-                videos = find_model("videos")
-                card = videos.model_copy(update={"options": {**videos.options, "folder": arm.clips}})
-            if suite.kind == "training":
-                trained = train_arm(suite, arm, out, folder, seed, data)
-                card = card.model_copy(update={"options": {**arm.options, "folder": str(trained)}})
-                held_out_of(suite, arm, trained, seed, data)
-            chosen = protocol
-            if arm.frame_stride:  # beats the protocol's own value for this dataset too
-                chosen = protocol.resolved(dataset.name).model_copy(update={"frame_stride": arm.frame_stride})
-            job = planning.plan(card, dataset, chosen, data, folder / f"seed-{seed}", seed, limit, quiet=options.quiet)
-            on_first_rank(partial(_share_clips, job, begun))
-            begun.append(job)
-            run.sample(job, options)
-            run.score(job, options, metrics or suite.metrics, strict=bool(metrics))
-            write_text(job.directory.path / "judge.json", json.dumps(judged(job), indent=1) + "\n")
-        write_table(suite, [_row(suite, done, out, seeds) for done in suite.arms[:count]], out, seeds)
+        for planned in (planned for planned in arm_runs if planned.arm is arm):
+            if planned.training:
+                _train(suite, planned, out, planned.training.path, data)
+            sample(planned.run, options)
+            score(planned.run, options, chosen, strict=bool(metrics))
+        write_table(suite, [_scores(suite, done, out, seeds, places) for done in suite.arms[:count]], out, seeds)
     for arm in suite.arms:
         for seed in seeds:
-            if arm.name != suite.baseline_arm:
-                _compare(_run_folder(out, arm.name, seed), _run_folder(out, suite.baseline_arm, seed), options)
-    rows = [_row(suite, arm, out, seeds) for arm in suite.arms]
+            folders = [out / places[name][str(seed)] for name in (arm.name, suite.baseline_arm)]
+            if folders[0] != folders[1]:
+                _compare(folders[0], folders[1], options)
+    rows = [_scores(suite, arm, out, seeds, places) for arm in suite.arms]
     write_table(suite, rows, out, seeds)
-    draw_frames(suite, out, seeds[0])
+    draw_frames(suite, out, seeds[0], places)
     return rows
 
 
+def plan_arms(
+    suite: Suite,
+    model: ModelCard,
+    dataset: DatasetCard,
+    protocol: Protocol,
+    out: Path,
+    seeds: Sequence[int],
+    limit: int | None = None,
+    data: Path | None = None,
+    quiet: bool = False,
+) -> list[ArmRun]:
+    """A planned run for every arm and seed. Arms that request the same share one run."""
+    arm_runs, places = [], dict[str, Path]()
+    for arm in suite.arms:
+        card, chosen = arm_card(model, arm), protocol
+        if arm.clips:
+            videos = find_model("videos")
+            card = videos.model_copy(update={"options": {**videos.options, "folder": arm.clips}})
+        if arm.frame_stride:  # also replaces a value of the protocol for this dataset
+            chosen = protocol.resolved(dataset.name).model_copy(update={"frame_stride": arm.frame_stride})
+        for seed in seeds:
+            folder, training = out / _folder(arm.name), None
+            if suite.kind == "training":
+                training = Training(folder / f"training-{seed}")
+                card = card.model_copy(update={"options": {**arm.options, "folder": str(training.path)}})
+            request = planning.request_of(card, dataset, chosen, data, seed, limit)
+            place = places.setdefault(digest(request), folder / f"seed-{seed}")
+            run = planning.plan(card, dataset, chosen, data, place, seed, limit, quiet=quiet)
+            arm_runs.append(ArmRun(arm, seed, run, training))
+    return arm_runs
+
+
+def _train(suite: Suite, planned: ArmRun, out: Path, target: Path, data: Path | None) -> None:
+    """Train an arm and measure its held-out loss. What is already done is not repeated."""
+    arm, whole = planned.arm, find_recipe(suite.recipe).varied(suite.stages)
+    try:
+        recipe = arm_recipe(whole, arm.stages, arm.without, planned.seed)
+    except UserError as error:
+        raise UserError(f"suite {suite.name}, arm {arm.name!r}: {error}") from error
+    trained = train_arm(whole, recipe, out, target, suite.shared, data)
+    held_out_of(recipe, trained, suite.held_out_clips, data)
+
+
 def rebuild(out: Path) -> str:
-    """Write a suite's table and curves again from the records in its folder alone; returns the table.
+    """Write a suite's table and curves again from the records in its folder. Returns the table.
 
-    Needed of each arm and seed: record.json and judge.json, of trained arms held_out.json; no clips, no weights. Gaps
-    to the baseline are of gap.json, where it is there.
+    Each arm and seed needs record.json, and held_out.json if it is trained. Clips and weights are not needed. The
+    differences from the baseline come from gap.json, if it exists.
     """
-    kept = json.loads((out / "suite.json").read_text(encoding="utf-8"))
+    kept = read_json(out / "suite.json")
     suite, seeds = Suite.model_validate(kept["suite"]), kept["seeds"]
-    return write_table(suite, [_row(suite, arm, out, seeds) for arm in suite.arms], out, seeds)
+    places = kept.get("runs") or {  # a suite of dcbench 0.1: every arm has its own directory
+        arm.name: {str(seed): f"{_folder(arm.name)}/seed-{seed}" for seed in seeds} for arm in suite.arms
+    }
+    return write_table(suite, [_scores(suite, arm, out, seeds, places) for arm in suite.arms], out, seeds)
 
 
-def _share_clips(job: planning.Job, begun: Sequence[planning.Job]) -> None:
-    """Copy the clips of an earlier arm that asks for exactly the same, unless this one has some of its own."""
-    own = job.directory
-    if own.samples.is_file():
-        return
-    wanted = (own.path / "request.json").read_bytes()
-    for done in (other.directory for other in begun):
-        if done.samples.is_file() and (done.path / "request.json").read_bytes() == wanted:
-            with own.locked():
-                shutil.copytree(done.path / "clips", own.path / "clips", dirs_exist_ok=True)
-                write_text(own.samples, done.samples.read_text(encoding="utf-8"))  # last: it says what is there
-            return
+Places = dict[str, dict[str, str]]  # arm -> seed -> run directory below the suite's folder
 
 
-def _row(suite: Suite, arm: Arm, out: Path, seeds: Sequence[int]) -> Row:
-    """A finished arm's numbers, from its records."""
-    row, is_baseline = Row(arm), arm.name == suite.baseline_arm
+def _scores(suite: Suite, arm: Arm, out: Path, seeds: Sequence[int], places: Places) -> ArmScores:
+    """The numbers of an arm, from its records. UserError if the arm is not finished."""
+    row, is_baseline = ArmScores(arm), arm.name == suite.baseline_arm
     for seed in seeds:
-        folder = _run_folder(out, arm.name, seed)
-        for name in ("record.json", "judge.json"):
-            if not (folder / name).is_file():
-                raise UserError(f"{folder / name} is not there: arm {arm.name!r}, seed {seed} is not finished")
+        folder, baseline = (out / places[name][str(seed)] for name in (arm.name, suite.baseline_arm))
+        if not (folder / "record.json").is_file():
+            raise UserError(f"{folder / 'record.json'} does not exist: arm {arm.name!r}, seed {seed} is not finished")
         if suite.kind == "training":
-            measured = _held_out(out, arm.name, seed)
+            names = (arm.name, suite.baseline_arm)
+            measured, of_baseline = (read_held_out(Training(out / _folder(n) / f"training-{seed}")) for n in names)
             if measured is None:
                 raise UserError(f"{out}: arm {arm.name!r}, seed {seed} has no held_out.json: it is not trained yet")
-            row.add_held_out(measured, None if is_baseline else _held_out(out, suite.baseline_arm, seed))
-        row.add_scores(read_record(folder), json.loads((folder / "judge.json").read_text(encoding="utf-8")))
-        if (folder / "gap.json").is_file() and not is_baseline:
-            row.add_gaps(json.loads((folder / "gap.json").read_text(encoding="utf-8")))
+            row.add_held_out(measured, None if is_baseline else of_baseline)
+        row.add_scores(read_record(folder))
+        judge = folder / "judge.json"  # dcbench 0.1 stored the judge's shares for `shapes` in this file
+        for name, (value, interval) in read_json(judge).items() if judge.is_file() else ():
+            row.add(name, value, interval)
+        if is_baseline:
+            continue
+        if folder == baseline:
+            row.add_no_difference()
+        elif (folder / "gap.json").is_file():
+            row.add_gaps(read_json(folder / "gap.json"))
     return row
 
 
-def _held_out(out: Path, arm: str, seed: int) -> HeldOut | None:
-    path = out / _folder(arm) / f"training-{seed}" / "held_out.json"
-    return HeldOut(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
-
-
-def _compare(folder: Path, baseline: Path, options: run.Options) -> None:
-    """Write gap.json, this run minus the baseline's on the same clips, unless it is of these two records already."""
-    records = [path / "record.json" for path in (folder, baseline)]
-    of, path = [sha256_file(record) for record in records], folder / "gap.json"
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["of"] == of:
+def _compare(folder: Path, baseline: Path, options: Options) -> None:
+    """Write gap.json, this run minus the baseline's on the same clips, unless these two records already have one."""
+    of, path = [sha256_file(place / "record.json") for place in (folder, baseline)], folder / "gap.json"
+    if path.is_file() and read_json(path)["of"] == of:
         return
-    found: dict[str, Comparison] = {}
-    reason = ""
+    compared, reason = Compared(), ""
     if read_record(folder).plan.fingerprint != read_record(baseline).plan.fingerprint:
         reason = "other clips than the baseline's"
     else:
         try:
-            found, _ = compare_runs(folder, baseline, options)
-        except UserError as error:  # too few clips, no metric in common: the table says so and is still made
+            compared = compare_runs(folder, baseline, options)
+            reason = "; ".join(dict.fromkeys(compared.reasons.values()))
+        except UserError as error:  # no metric in common: the table is still made, and gives the reason
             reason = str(error)
-    gaps = {name: vars(comparison) for name, comparison in found.items()}
-    write_text(path, json.dumps({"of": of, "reason": reason, "gaps": gaps}, indent=1) + "\n")
-
-
-def _run_folder(out: Path, arm: str, seed: int) -> Path:
-    return out / _folder(arm) / f"seed-{seed}"
+    gaps = {name: vars(comparison) for name, comparison in compared.found.items()}
+    write_json(path, {"of": of, "reason": reason, "gaps": gaps})
 
 
 def _folder(name: str) -> str:
@@ -157,27 +188,12 @@ def _folder(name: str) -> str:
     return "".join(c if c.isascii() and c.isalnum() else "-" for c in plain).strip("-")
 
 
-def draw_frames(suite: Suite, out: Path, seed: int) -> None:
-    """Two clips as the arms made them, as in the paper's Fig. 2 (right); a picture for each group of a sweep."""
-    groups: dict[str, list[Arm]] = {}
+def draw_frames(suite: Suite, out: Path, seed: int, places: Places) -> None:
+    """Draw two clips of all arms, as in the paper's Fig. 2 (right). Each group of a sweep has its own picture."""
+    groups: dict[str, dict[Path, list[str]]] = {}
     for arm in suite.arms:
-        groups.setdefault(arm.group if arm.x is not None else suite.name, []).append(arm)
-    for group, arms in groups.items():
-        labels = {_run_folder(out, arm.name, seed): arm.name for arm in arms}
-        write_frames(load_runs(list(labels)), labels, out, f"frames-{_folder(group)}")
-
-
-# ---- the shapes world: its own judge
-
-
-def judged(job: planning.Job) -> dict[str, tuple[float, Interval]]:
-    """Shares of clips that show what their scene says, with Wilson intervals; nothing for other datasets."""
-    finished = job.directory.finished_samples()
-    rows = []
-    for entry in job.manifest:
-        video = job.items[entry.id].video if entry.id in job.items else None
-        if not isinstance(video, ShapesVideo) or entry.id not in finished:
-            continue
-        clip = run.generated_clip(job, entry, finished[entry.id])
-        rows.append(judge(resize(clip, 64, 64), entry.fps).agrees(video.scene))
-    return {f"judge_{aspect}": wilson(sum(row[aspect] for row in rows), len(rows)) for aspect in ASPECTS if rows}
+        names = groups.setdefault(arm.group if arm.x is not None else suite.name, {})
+        names.setdefault(out / places[arm.name][str(seed)], []).append(arm.name)
+    for group, names in groups.items():
+        labels = {path: " = ".join(arms) for path, arms in names.items()}
+        write_frames(load_results(list(labels)), labels, out, f"frames-{_folder(group)}")

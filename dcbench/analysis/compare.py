@@ -1,51 +1,98 @@
-"""`dcbench report --compare A B`: two runs on the same clips, metric by metric: difference, interval, p value."""
+"""`dcbench report --compare A B`: for two runs on the same clips, each metric's difference, interval and p value."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from dcbench import planning, run, scoring
-from dcbench.analysis.statistics import Comparison, compare_paired, compare_sets, holm
-from dcbench.catalogue import MetricCard, find_metric
 from dcbench.errors import UserError
-from dcbench.metrics import functional as fn
+from dcbench.files import read_jsonl
+from dcbench.metrics.base import Metric
 from dcbench.metrics.cache import FeatureCache
-from dcbench.metrics.distances import kernel_of
-from dcbench.record import Record, read_jsonl, read_manifest, read_record
+from dcbench.metrics.statistics import Comparison, compare_paired, holm
+from dcbench.record import Record, Score, read_manifest, read_record
 from dcbench.reports.tables import show_value
+from dcbench.runs import planning
+from dcbench.runs.run import Options
+from dcbench.runs.scoring import choose_metrics, metric_of, observe_all, score_name
 
 
-def compare_runs(first: Path, second: Path, options: run.Options) -> tuple[dict[str, Comparison], dict[str, float]]:
-    """(comparison, Holm-adjusted p) by metric, for every metric that both records hold a value of.
+@dataclass(frozen=True)
+class Compared:
+    """A minus B for each metric with a value in both runs. `reasons`: why other metrics are not compared."""
 
-    Features come from the cache, or are extracted again; nothing is generated.
+    found: dict[str, Comparison] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    higher_is_better: dict[str, bool | None] = field(default_factory=dict)
+
+    @property
+    def adjusted(self) -> dict[str, float]:
+        """The p values with Holm's correction, by metric."""
+        return holm({name: comparison.p_value for name, comparison in self.found.items()})
+
+
+def compare_runs(first: Path, second: Path, options: Options, metrics: Sequence[str] = ()) -> Compared:
+    """Compare two runs by every metric of either. UserError if their clips differ or they have no metric in common.
+
+    Features come from the cache, or are extracted again. No clip is generated. `metrics`: your own cards that the runs
+    were scored with, if this machine does not know them.
     """
-    records = [read_record(path) for path in (first, second)]
-    _check_same_clips(records, (first, second))
-    shared = [
-        find_metric(name)
-        for name in records[0].scores
-        if all(name in r.scores and r.scores[name].value is not None for r in records)
-    ]
-    if not shared:
-        raise UserError(f"{first} and {second} have no metric in common; score both with the same --metrics")
+    paths = (first, second)
+    records = [read_record(path) for path in paths]
+    _check_same_clips(records, paths)
+    rows = [{row["id"]: row for row in read_jsonl(path / "per_clip.jsonl")} for path in paths]
+    groups = {case.id: case.group or case.id for case in read_manifest(first / "manifest.jsonl")}
     failed = {failure.id for record in records for failure in record.failures}
-    found: dict[str, Comparison] = {}
-    sets = [card for card in shared if card.name in ("fvd", "kvd")]
-    if sets:
-        found |= _compare_sets(sets, (first, second), failed, options)
-    rows = [{row["id"]: row for row in read_jsonl(path / "per_clip.jsonl")} for path in (first, second)]
-    groups = {entry.id: entry.group or entry.id for entry in read_manifest(first / "manifest.jsonl")}
-    for card in shared:
-        if card.kind == "per_clip":
-            ids = [i for i in groups if i not in failed and all(card.name in table.get(i, {}) for table in rows)]
-            values = [[table[i][card.name]["value"] for i in ids] for table in rows]
-            found[card.name] = compare_paired(values[0], values[1], [groups[i] for i in ids])
-    return found, holm({name: comparison.p_value for name, comparison in found.items()})
+    given = {score_name(card): card for card in choose_metrics(metrics)} if metrics else {}
+    compared, sets = Compared(), dict[str, Metric]()
+    for name in dict.fromkeys([*records[0].scores, *records[1].scores]):
+        scores = [record.scores.get(name) for record in records]
+        if all(score is None or score.value is None for score in scores):
+            continue
+        if reason := _not_comparable(scores, paths):
+            compared.reasons[name] = reason
+            continue
+        score = records[0].scores[name]
+        compared.higher_is_better[name] = score.higher_is_better
+        values = [[table[i][name]["value"] for i in groups if _has(rows, i, name, failed)] for table in rows]
+        try:
+            if values[0]:
+                of = [groups[i] for i in groups if _has(rows, i, name, failed)]
+                compared.found[name] = compare_paired(values[0], values[1], of)
+            else:
+                sets[name] = metric_of(name, score, options.runtime(), given.get(name))
+        except UserError as error:
+            compared.reasons[name] = str(error)
+    _compare_sets(compared, sets, paths, failed, options)
+    if not compared.found and not compared.reasons:
+        raise UserError(f"{first} and {second} have no metric in common; score both with the same --metrics")
+    return compared
+
+
+def _has(rows: Sequence[Mapping[str, dict]], case_id: str, name: str, failed: set[str]) -> bool:
+    """Whether both runs have a value of this metric for this clip."""
+    return case_id not in failed and all(name in table.get(case_id, {}) for table in rows)
+
+
+def _not_comparable(scores: Sequence[Score | None], paths: Sequence[Path]) -> str:
+    """Why two scores of the same name cannot be compared; "" if they can."""
+    for score, path, other in zip(scores, paths, reversed(paths), strict=True):
+        if score is None:
+            return f"only {other} was scored with it"
+        if score.value is None:
+            return f"{path} has no value for it: {(score.reason or 'not computed').splitlines()[0]}"
+    one, two = scores
+    assert one is not None and two is not None
+    if one.metric and two.metric and one.metric != two.metric:
+        return f"scored with other options or other code ({_described(one)}; {_described(two)})"
+    if one.extractor != two.extractor:
+        return "scored with different extractors (other weights or other preprocessing)"
+    return ""
+
+
+def _described(score: Score) -> str:
+    options = ", ".join(f"{key} {value}" for key, value in score.metric["options"].items())
+    return f"version {score.metric['version']}" + (f", {options}" if options else "")
 
 
 def _check_same_clips(records: Sequence[Record], paths: Sequence[Path]) -> None:
@@ -58,41 +105,32 @@ def _check_same_clips(records: Sequence[Record], paths: Sequence[Path]) -> None:
 
 
 def _compare_sets(
-    metrics: Sequence[MetricCard], paths: Sequence[Path], failed: set[str], options: run.Options
-) -> dict[str, Comparison]:
-    built = scoring.build_metrics(metrics, options.runtime(), explicit=True)
-    passes, order, groups = [], [], {}
-    for path in paths:
-        job = planning.reopen(path)
-        order = [entry.id for entry in job.manifest if entry.id not in failed]
-        groups = {entry.id: entry.group or entry.id for entry in job.manifest}
-        passes.append(run.extract(job, options, built, FeatureCache()))
-    found = {}
-    for name, metric in built.sets.items():
-        key = scoring.extractor_key(metric)
-        real = torch.stack([passes[0].reference[key][i] for i in order]).double()
-        made = [torch.stack([one.generated[key][i] for i in order]).double() for one in passes]
-        found[name] = compare_sets(_statistic(metric.card), real, made[0], made[1], [groups[i] for i in order])
-    return found
+    compared: Compared, metrics: Mapping[str, Metric], paths: Sequence[Path], failed: set[str], options: Options
+) -> None:
+    """Add the comparisons by set metrics, from the features of both runs."""
+    passes, cases = [], []
+    for path in paths if metrics else ():
+        run = planning.reopen(path)
+        cases = [case for case in run.cases if case.id not in failed]
+        passes.append(observe_all(run, list(metrics.values()), options, FeatureCache()))
+    for name, metric in metrics.items():
+        try:
+            compared.found[name] = metric.difference(*(seen.of(metric, cases) for seen in passes))
+        except UserError as error:
+            compared.reasons[name] = str(error)
 
 
-def _statistic(card: MetricCard) -> Callable[[Tensor, Tensor], float]:
-    if card.name == "fvd":
-        return fn.frechet_distance
-    kernel = kernel_of(card.options)
-    return lambda real, generated: fn.kernel_distance(real, generated, kernel)
-
-
-def to_markdown(found: dict[str, Comparison], adjusted: dict[str, float], names: Sequence[str]) -> str:
-    """A table of A minus B; the better model where the adjusted p is below 5 %."""
+def to_markdown(compared: Compared, names: Sequence[str]) -> str:
+    """A Markdown table of A minus B. It names the better model if the adjusted p value is below 5 %."""
+    adjusted = compared.adjusted
     lines = [
         f"{names[0]} minus {names[1]}, same clips\n",
         "| metric | difference | 95 % interval | p | p (Holm) | better | N | how |",
         "|:--|--:|:--|--:|--:|:--|--:|:--|",
     ]
-    for name, one in found.items():
+    for name, one in compared.found.items():
         interval = f"[{show_value(one.ci95[0])}, {show_value(one.ci95[1])}]" if one.ci95 else "–"
-        higher = find_metric(name).higher_is_better
+        higher = compared.higher_is_better[name]
         better = "no difference shown"
         if adjusted[name] < 0.05:
             better = "they differ" if higher is None else names[(one.difference > 0) != higher]
@@ -101,9 +139,11 @@ def to_markdown(found: dict[str, Comparison], adjusted: dict[str, float], names:
             f"| {name} | {show_value(one.difference)} | {interval} | {one.p_value:.4f} | {adjusted[name]:.4f} | "
             f"{better} | {size} | {one.method} |"
         )
+    lines += [f"\nNot compared: {name}: {reason}" for name, reason in compared.reasons.items()]
     return "\n".join(lines) + "\n"
 
 
-def to_json(found: dict[str, Comparison], adjusted: dict[str, float]) -> str:
-    rows: dict[str, Any] = {name: vars(one) | {"p_holm": adjusted[name]} for name, one in found.items()}
-    return json.dumps(rows, indent=1) + "\n"
+def to_json(compared: Compared) -> str:
+    adjusted = compared.adjusted
+    rows = {name: vars(one) | {"p_holm": adjusted[name]} for name, one in compared.found.items()}
+    return json.dumps(rows | ({"not_compared": compared.reasons} if compared.reasons else {}), indent=1) + "\n"

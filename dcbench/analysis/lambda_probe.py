@@ -1,6 +1,6 @@
-"""`dcbench probe lambda`: the learned λ of every layer, as table and bars beside the paper's Fig. 2 (left).
+"""`dcbench probe lambda`: a table and bars of every layer's λ, next to those of the paper's Fig. 2 (left).
 
-The sweep (Fig. 2, right) is the suite `lambda`: `dcbench ablate lambda`, or one of your own layers and factors.
+The sweep (Fig. 2, right) is the suite `lambda`: `dcbench ablate lambda`. `sweep` makes others.
 """
 
 import csv
@@ -10,22 +10,23 @@ from typing import Any, Protocol
 
 from matplotlib.figure import Figure
 
-from dcbench.analysis.suite import Arm, Suite, layer_group
+from dcbench.analysis.suite import Arm, Suite
 from dcbench.errors import UserError
-from dcbench.weights import atomic_write
+from dcbench.files import atomic_write
+from dcbench.models.dynamicrafter.image_scale import layer_group
 
 PUBLISHED = Path(__file__).with_name("published_lambda.csv")
 
 
 class Gated(Protocol):
-    """What has gates: λ by layer number, 1, 2, ..."""
+    """An object with gates: `values` returns λ of layers 1, 2, ..."""
 
     def values(self) -> list[float]: ...
 
 
 @dataclass(frozen=True)
 class Profile:
-    """λ by layer; the stage of the U-Net that each layer belongs to."""
+    """λ of each layer, and its stage in the U-Net: "input", "middle" or "output"."""
 
     name: str
     stages: tuple[str, ...]
@@ -44,13 +45,13 @@ def published_profile() -> Profile:
 
 
 def profile(model: Any) -> Profile:
-    """The λ of a model's layers as they are set now; UserError for a model without gates."""
+    """The current λ of a model's layers. UserError for a model without learned gates."""
     scale: Gated | None = getattr(model, "image_scale", None)
     if scale is None:
         raise UserError(f"{model.card.name} has no λ: only DynamiCrafter models have gates")
     cfg = model.cfg.unet
     if not cfg.learnable_image_scale:
-        raise UserError(f"{model.card.name} has no learned gates (λ = 1 everywhere); dynamicrafter (256) has")
+        raise UserError(f"{model.card.name} has no learned gates (λ = 1 everywhere); dynamicrafter (256) has them")
     inputs = cfg.num_res_blocks * sum(2**n in cfg.attention_resolutions for n in range(len(cfg.channel_mult)))
     values = tuple(scale.values())
     stages = ("input",) * inputs + ("middle",) + ("output",) * (len(values) - inputs - 1)
@@ -58,7 +59,7 @@ def profile(model: Any) -> Profile:
 
 
 def table(profiles: list[Profile]) -> str:
-    """Markdown: a row a layer. Networks of another depth stand in columns of their own, layer by layer."""
+    """A Markdown table: a row per layer, two columns per profile. The cells after a profile's last layer are empty."""
     lines = ["| layer | " + " | ".join(f"stage | λ, {profile.name}" for profile in profiles) + " |"]
     lines.append("|" + "---|" * (1 + 2 * len(profiles)))
     for layer in range(max(len(profile.values) for profile in profiles)):
@@ -71,7 +72,7 @@ def table(profiles: list[Profile]) -> str:
 
 
 def draw(profiles: list[Profile], path: Path) -> None:
-    """Bars, one plot a profile, under each other; the dashed line is λ = 1, where the gates begin."""
+    """Draw bars into `path`, one plot per profile. The dashed line is λ = 1, the value before training."""
     figure = Figure(figsize=(6, 2.1 * len(profiles)), dpi=150, layout="constrained")
     axes = figure.subplots(len(profiles), squeeze=False)[:, 0]
     colours = {"input": "#4c78a8", "middle": "#e45756", "output": "#54a24b"}
@@ -87,7 +88,7 @@ def draw(profiles: list[Profile], path: Path) -> None:
 
 
 def write_profile(model: Any, out: Path) -> str:
-    """profile.md, profile.csv and profile.png in `out`; returns the table."""
+    """Write profile.md, profile.csv and profile.png into `out`. Returns the table."""
     profiles = [profile(model), published_profile()]
     out.mkdir(parents=True, exist_ok=True)
     text = table(profiles)
@@ -102,12 +103,12 @@ def write_profile(model: Any, out: Path) -> str:
 
 
 def sweep(layers: list[str], factors: list[float], metrics: tuple[str, ...], model: Any) -> Suite:
-    """A suite of own groups ("ends", "intermediate", "all" or "3,4,5") and factors on λ."""
+    """A suite with an arm per layer group ("ends", "intermediate", "all" or "3,4,5") and factor on its λ."""
     count = len(profile(model).values)
     for group in layers:
         layer_group(group, count)
     if not factors or min(factors) < 0:
-        raise UserError(f"factors {factors}: give numbers from 0 on, for example 0 0.5 1 2")
+        raise UserError(f"factors {factors}: give numbers of at least 0, for example 0,0.5,1,2")
     arms = tuple(
         Arm(name=f"{group} x {factor:g}", group=group, x=factor, image_scale={group: factor})
         for group in layers

@@ -1,39 +1,41 @@
-"""Why two numbers differ: the clips of a run scored again under other common choices, one at a time.
+"""Why two numbers differ: score the clips of a run again under other common choices, one at a time.
 
-Nothing is generated again. Each choice stands in somebody's published code (docs/metrics.md); some are mistakes, and
-are marked so. The table says how far FVD and KVD move, beside the interval of the protocol's own value.
+No clip is generated again. Each choice occurs in published code (docs/metrics.md); those that are mistakes are marked.
+The table shows how much FVD and KVD change, and the intervals of the protocol's own values for comparison.
 """
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dcbench import planning, run, scoring, video
+from dcbench import video
 from dcbench.catalogue import find_metric
 from dcbench.clips import resize
 from dcbench.errors import UserError, near_match
 from dcbench.metrics import functional as fn
-from dcbench.metrics.base import FeatureExtractor
+from dcbench.metrics.base import FeatureExtractor, SetDistance
 from dcbench.metrics.cache import FeatureCache
 from dcbench.metrics.distances import kernel_of, score_frechet, score_kernel
 from dcbench.metrics.extractors import I3DExtractor, i3d_extractor
-from dcbench.progress import track
-from dcbench.record import ManifestItem
+from dcbench.record import Case
+from dcbench.runs import planning
+from dcbench.runs.run import Options, Run
+from dcbench.runs.scoring import observe_all
 from dcbench.seeding import generator
 
-Source = Callable[[planning.Job, ManifestItem], Tensor]  # -> uint8 [t 3 h w]
+Source = Callable[[Run, Case], Tensor]  # -> uint8 [t 3 h w]
 OTHER_FPS = 8.0
 CRF = 23  # H.264's default
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One thing done otherwise."""
+    """One changed choice: how both sides are read, and the extractor."""
 
     name: str
     what: str  # for the table
@@ -44,8 +46,8 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Row:
-    """FVD and KVD under one choice, beside the protocol's own on the same clips."""
+class Outcome:
+    """FVD and KVD under one choice, and those under the protocol (`base_`) on the same clips."""
 
     name: str
     what: str
@@ -58,10 +60,10 @@ class Row:
 
 
 class OtherRange(I3DExtractor):
-    """I3D fed with pixels in another range than the [-1, 1] that it was trained on."""
+    """I3D with input pixels in [low, high]. It was trained on [-1, 1]."""
 
     def __init__(self, base: I3DExtractor, low: float, high: float) -> None:
-        torch.nn.Module.__init__(self)  # the network is the base's own
+        torch.nn.Module.__init__(self)  # I3DExtractor.__init__ would load the network again
         self.network, self.weights_sha256 = base.network, base.weights_sha256
         self.mode, self.batch_size, self.low, self.high = base.mode, base.batch_size, low, high
         self.preprocessing = f"{base.mode}, input in [{low:g}, {high:g}]"
@@ -71,7 +73,7 @@ class OtherRange(I3DExtractor):
 
 
 def other_epsilon(base: I3DExtractor, epsilon: float) -> I3DExtractor:
-    """The network with PyTorch's batch-norm epsilon in place of the original's 1e-3."""
+    """A copy of `base` with another batch-norm epsilon (1e-5 is PyTorch's; the original network has 1e-3)."""
     changed = copy.copy(base)
     changed._modules = {"network": copy.deepcopy(base.network)}
     for layer in changed.network.modules():
@@ -84,23 +86,20 @@ def other_epsilon(base: I3DExtractor, epsilon: float) -> I3DExtractor:
 # Where the pixels come from ---------------------------------------------------------------------------------------
 
 
-def own_reference(job: planning.Job, entry: ManifestItem) -> Tensor:
-    return run.reference_clip(job.items[entry.id], entry, job.protocol)[0]
+def own_reference(run: Run, case: Case) -> Tensor:
+    return run.reference(case)[0]
 
 
-def own_generated(job: planning.Job, entry: ManifestItem) -> Tensor:
-    row = job.directory.finished_samples().get(entry.id)
-    if row is None:
-        raise video.VideoError(f"no clip was generated for {entry.id}")
-    return run.generated_clip(job, entry, row)
+def own_generated(run: Run, case: Case) -> Tensor:
+    return run.generated(case)
 
 
 def resized(mode: str | None = None, antialias: bool | None = None) -> Source:
-    """The reference at the protocol's size, by another resize."""
+    """The reference at the protocol's size, with another resize mode or antialias."""
 
-    def read(job: planning.Job, entry: ManifestItem) -> Tensor:
-        p = job.protocol
-        clip, _ = video.read(job.items[entry.id].video, entry.frames)
+    def read(run: Run, case: Case) -> Tensor:
+        p = run.protocol
+        clip, _ = video.read(run.item(case).video, case.frames)
         return resize(
             clip,
             p.height,
@@ -114,63 +113,63 @@ def resized(mode: str | None = None, antialias: bool | None = None) -> Source:
 
 
 def at_stride(stride: int) -> Source:
-    """As many reference frames from the same start, but `stride` apart."""
+    """As many reference frames from the same first frame, but `stride` source frames apart."""
 
-    def read(job: planning.Job, entry: ManifestItem) -> Tensor:
-        frames = [entry.frames[0] + stride * k for k in range(len(entry.frames))]
-        clip, _ = video.read(job.items[entry.id].video, frames)
-        return run.to_protocol_size(clip, job.protocol)
+    def read(run: Run, case: Case) -> Tensor:
+        frames = [case.frames[0] + stride * k for k in range(len(case.frames))]
+        clip, _ = video.read(run.item(case).video, frames)
+        return run.to_size(clip)
 
     return read
 
 
 def at_fps(fps: float) -> Source:
-    """As many reference frames from the same start, nearest in time to another frame rate."""
+    """As many reference frames from the same first frame, chosen for another frame rate: the nearest in time."""
 
-    def read(job: planning.Job, entry: ManifestItem) -> Tensor:
-        step = entry.fps * entry.frame_stride / fps
-        frames = [entry.frames[0] + round(step * k) for k in range(len(entry.frames))]
-        clip, _ = video.read(job.items[entry.id].video, frames)
-        return run.to_protocol_size(clip, job.protocol)
+    def read(run: Run, case: Case) -> Tensor:
+        step = case.fps * case.frame_stride / fps
+        frames = [case.frames[0] + round(step * k) for k in range(len(case.frames))]
+        clip, _ = video.read(run.item(case).video, frames)
+        return run.to_size(clip)
 
     return read
 
 
-def first_videos(job: planning.Job) -> Source:
-    """In place of each clip's own reference one of the dataset's first videos in sorted order, from its first frame."""
-    others = dict(zip((entry.id for entry in job.manifest), sorted(job.items), strict=False))
+def first_videos(run: Run) -> Source:
+    """Instead of each clip's own reference, one of the dataset's first videos in sorted order, from its first frame."""
+    others = dict(zip((case.id for case in run.cases), sorted(run.items), strict=False))
 
-    def read(job: planning.Job, entry: ManifestItem) -> Tensor:
-        clip, _ = video.read(job.items[others[entry.id]].video, [frame - entry.frames[0] for frame in entry.frames])
-        return run.to_protocol_size(clip, job.protocol)
+    def read(run: Run, case: Case) -> Tensor:
+        clip, _ = video.read(run.items[others[case.id]].video, [frame - case.frames[0] for frame in case.frames])
+        return run.to_size(clip)
 
     return read
 
 
 def by_decoder(name: str) -> Source:
-    def read(job: planning.Job, entry: ManifestItem) -> Tensor:
-        item = job.items[entry.id]
+    def read(run: Run, case: Case) -> Tensor:
+        item = run.item(case)
         assert isinstance(item.video, video.VideoFile)
-        clip, _ = video.read(replace(item.video, decoder=name), entry.frames)
-        return run.to_protocol_size(clip, job.protocol)
+        clip, _ = video.read(replace(item.video, decoder=name), case.frames)
+        return run.to_size(clip)
 
     return read
 
 
-def through_mp4(job: planning.Job, entry: ManifestItem) -> Tensor:
-    """The generated clip as an H.264 file gives it back."""
+def through_mp4(run: Run, case: Case) -> Tensor:
+    """The generated clip, written to an H.264 file and read back."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip.mp4"
-        video.write_mp4(path, own_generated(job, entry), entry.fps, crf=CRF)
+        video.write_mp4(path, own_generated(run, case), case.fps, crf=CRF)
         return video.read_clip(path)[0]
 
 
 # The choices -------------------------------------------------------------------------------------------------------
 
 
-def choices(job: planning.Job, base: I3DExtractor, i3d: Sequence[Path] = ()) -> list[Choice]:
-    """Every choice that makes sense for this run; `i3d`: other files of the network's weights."""
-    p, device = job.protocol, str(next(base.network.parameters()).device)
+def choices(run: Run, base: I3DExtractor, i3d: Sequence[Path] = ()) -> list[Choice]:
+    """Every choice that is possible for this run. `i3d`: other files of the network's weights, a choice for each."""
+    p, device = run.protocol, str(next(base.network.parameters()).device)
     own: tuple[Source, Source] = (own_reference, own_generated)
     shown = {
         "squash": "I3D input squashed to 224 (StyleGAN-V, cd-fvd, LVDM)",
@@ -197,9 +196,9 @@ def choices(job: planning.Job, base: I3DExtractor, i3d: Sequence[Path] = ()) -> 
         other = I3DExtractor(base.mode, path, device)
         same = "the same numbers" if other.weights_sha256 == base.weights_sha256 else "other numbers"
         found.append(Choice(f"i3d-file-{path.name}", f"I3D weights from {path.name} ({same})", *own, other))
-    if sorted(entry.id for entry in job.manifest) != sorted(job.items)[: len(job.manifest)]:
-        what = f"reference: the dataset's first {len(job.manifest)} videos, not those that were animated"
-        found.append(Choice("reference-first", what, first_videos(job), own_generated, base, True))
+    if sorted(case.id for case in run.cases) != sorted(run.items)[: len(run.cases)]:
+        what = f"reference: the dataset's first {len(run.cases)} videos, not those of the clips"
+        found.append(Choice("reference-first", what, first_videos(run), own_generated, base, True))
     other_mode = "squash" if p.resize == "crop" else "crop"
     what = f"reference {'squashed' if other_mode == 'squash' else 'cropped'} to {p.width}x{p.height}, one side only"
     found.append(Choice(f"reference-{other_mode}", what, resized(mode=other_mode), own_generated, base, True))
@@ -219,7 +218,7 @@ def choices(job: planning.Job, base: I3DExtractor, i3d: Sequence[Path] = ()) -> 
             True,
         )
     )
-    if all(isinstance(job.items[entry.id].video, video.VideoFile) for entry in job.manifest if entry.id in job.items):
+    if all(isinstance(run.items[case.id].video, video.VideoFile) for case in run.cases if case.id in run.items):
         for name in ("decord", "pyav") if video.has_decord() else ():
             found.append(
                 Choice(f"decoder-{name}", f"reference decoded by {name}", by_decoder(name), own_generated, base)
@@ -233,18 +232,18 @@ def is_torchscript(extractor: I3DExtractor) -> bool:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """The protocol's own scores and a row for each choice."""
+    """The scores under the protocol, and a row for each choice. `skipped`: choices that are not possible, and why."""
 
     base_fvd: float
     base_fvd_ci95: tuple[float, float] | None
     base_kvd: float
     base_kvd_ci95: tuple[float, float] | None
     n: int
-    rows: list[Row]
+    rows: list[Outcome]
     skipped: list[str]
 
     def markdown(self) -> str:
-        """A table, largest change of FVD first."""
+        """A Markdown table. The largest change of FVD comes first."""
         lines = [
             "| what is done otherwise | N | FVD | change | KVD | change |",
             "|:--|--:|--:|--:|--:|--:|",
@@ -269,34 +268,35 @@ def _change(value: float, base: float) -> str:
     return f"{value - base:+.1f}" + (f" ({100 * (value - base) / base:+.0f} %)" if base > 1e-6 else "")
 
 
+Features = dict[str, tuple[Tensor, Tensor]]  # case id -> rows of the reference and of the generated clip
+
+
 def measure(
     path: Path,
-    options: run.Options,
+    options: Options,
     only: Sequence[str] | None = None,
     limit: int | None = None,
     i3d: Sequence[Path] = (),
 ) -> Sensitivity:
     """Score the run at `path` again under each choice (or those named in `only`), on its first `limit` clips.
 
-    `i3d`: other files of I3D's weights, each a choice of its own. Features are cached by pixels and extractor: a choice
-    that changes no pixel costs nothing, nor does a second call.
+    `i3d`: other files of I3D's weights, a choice for each. Features are cached by pixels and extractor, so none are
+    extracted twice. UserError for an unknown name in `only`, or fewer than 4 clips.
     """
-    job = planning.reopen(path)
-    entries = job.manifest[:limit]
-    if len(entries) < 4:
-        raise UserError(f"{path} has {len(entries)} clips; at least 4 are needed to compare choices")
+    run = planning.reopen(path)
+    cases = run.cases[:limit]
+    if len(cases) < 4:
+        raise UserError(f"{path} has {len(cases)} clips; at least 4 are needed to compare choices")
     base = i3d_extractor(find_metric("fvd").options["preprocessing"], options.runtime().device)
-    offered = choices(job, base, i3d)
+    offered = choices(run, base, i3d)
     _check_names(only, [choice.name for choice in offered])
-    cache = FeatureCache()
     kernel = kernel_of(find_metric("kvd").options)
-    usual = Choice("", "the run's own protocol", own_reference, own_generated, base)
-    features = dict(_features(job, entries, usual, cache, options.quiet))
+    features = _features(run, cases, Choice("", "", own_reference, own_generated, base), options)
     kept = list(features)
     if len(kept) < 4:
-        raise UserError(f"only {len(kept)} of {len(entries)} clips of {path} can be read; at least 4 are needed")
+        raise UserError(f"only {len(kept)} of {len(cases)} clips of {path} can be read; at least 4 are needed")
 
-    def distances(table: dict[str, tuple[Tensor, Tensor]], ids: Sequence[str]) -> tuple[float, float]:
+    def distances(table: Features, ids: Sequence[str]) -> tuple[float, float]:
         real, made = (torch.stack([table[i][side] for i in ids]) for side in (0, 1))
         return fn.frechet_distance(real, made), fn.kernel_distance(real, made, kernel)
 
@@ -304,26 +304,20 @@ def measure(
     for choice in offered:
         if only and choice.name not in only:
             continue
-        changed = dict(_features(job, [e for e in entries if e.id in features], choice, cache, options.quiet))
+        changed = _features(run, [case for case in cases if case.id in features], choice, options)
         if len(changed) < 4:
             skipped.append(f"{choice.what}: {len(kept) - len(changed)} of {len(kept)} videos are too short for it")
             continue
         ids = list(changed)
-        rows.append(
-            Row(
-                choice.name,
-                choice.what,
-                len(ids),
-                *_pairs(distances(changed, ids), distances(features, ids)),
-                choice.is_mistake,
-            )
-        )
+        pairs = _pairs(distances(changed, ids), distances(features, ids))
+        rows.append(Outcome(choice.name, choice.what, len(ids), *pairs, choice.is_mistake))
     if not only:
         rows += _fewer_clips(features, kept, distances)
         rows.append(_other_covariance(features, kept, distances))
     real, made = (torch.stack([features[i][side] for i in kept]) for side in (0, 1))
-    groups = [entry.group or entry.id for entry in entries if entry.id in features]
+    groups = [case.group or case.id for case in cases if case.id in features]
     fvd, kvd = score_frechet(real, made, groups), score_kernel(real, made, groups, kernel)
+    assert fvd.value is not None and kvd.value is not None
     return Sensitivity(fvd.value, fvd.ci95, kvd.value, kvd.ci95, len(kept), rows, skipped)
 
 
@@ -337,37 +331,31 @@ def _pairs(changed: tuple[float, float], own: tuple[float, float]) -> tuple[floa
     return changed[0], own[0], changed[1], own[1]
 
 
-def _features(
-    job: planning.Job, entries: Sequence[ManifestItem], choice: Choice, cache: FeatureCache, quiet: bool
-) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
-    """(clip id, its two rows of features); clips that the choice cannot read are left out."""
-    key = scoring.extractor_key(_Holder(choice.extractor))  # type: ignore[arg-type]
+class OtherwiseRead(Run):
+    """A run whose pixels are read by the sources of a choice."""
 
-    def read(entry: ManifestItem) -> tuple[Tensor, Tensor]:
-        return choice.reference(job, entry), choice.generated(job, entry)
+    def __init__(self, own: Run, cases: Sequence[Case], choice: Choice) -> None:
+        super().__init__(own.directory, own.plan, list(cases), own.protocol, own.items, own.model, own.folder)
+        self.own, self.choice = own, choice
 
-    read_all = zip(entries, video.in_order(read, entries, ahead=scoring.PREFETCH), strict=True)
-    for entry, got in track(read_all, len(entries), choice.name or "own protocol", quiet=quiet):
-        if isinstance(got, UserError):
-            continue
-        rows = []
-        for clip in got:
-            name = f"{key}-{scoring.pixels_sha256(clip)}"
-            found = cache.get(name)
-            if found is None:
-                found = {"features": choice.extractor.extract([clip])[0]}
-                cache.put(name, found)
-            rows.append(found["features"])
-        yield entry.id, (rows[0], rows[1])
+    def reference(self, case: Case, frames: Sequence[int] | None = None) -> tuple[Tensor, str]:
+        return self.choice.reference(self.own, case), "by the choice"
+
+    def generated(self, case: Case) -> Tensor:
+        return self.choice.generated(self.own, case)
 
 
-@dataclass(frozen=True)
-class _Holder:
-    extractor: FeatureExtractor
+def _features(run: Run, cases: Sequence[Case], choice: Choice, options: Options) -> Features:
+    """The features of the cases under a choice. Clips that cannot be read are left out."""
+    metric = SetDistance(find_metric("fvd"), choice.extractor, score_frechet)
+    changed = OtherwiseRead(run, cases, choice)
+    seen = observe_all(changed, [metric], options, FeatureCache(), choice.name or "own protocol")
+    real, made = (side.get(metric.observation_key, {}) for side in (seen.reference, seen.generated))
+    return {case.id: (real[case.id], made[case.id]) for case in cases if case.id in made}
 
 
-def _fewer_clips(features: dict[str, tuple[Tensor, Tensor]], kept: Sequence[str], distances: Callable) -> list[Row]:
-    """Half of the clips: a random half, and the first half in sorted order, which on UCF-101 means a few classes."""
+def _fewer_clips(features: Features, kept: Sequence[str], distances: Callable) -> list[Outcome]:
+    """FVD and KVD of half of the clips: a random half, and the first half in sorted order (on UCF-101, few classes)."""
     half = max(2, len(kept) // 2)
     shuffled = torch.randperm(len(kept), generator=generator(0)).tolist()
     whole = distances(features, kept)
@@ -376,14 +364,16 @@ def _fewer_clips(features: dict[str, tuple[Tensor, Tensor]], kept: Sequence[str]
         ("half-random", f"{half} clips at random, not {len(kept)}", [kept[i] for i in shuffled[:half]]),
         ("half-first", f"the first {half} clips in sorted order", sorted(kept)[:half]),
     ):
-        found.append(Row(name, what, half, *_pairs(distances(features, ids), whole), name == "half-first"))
+        found.append(Outcome(name, what, half, *_pairs(distances(features, ids), whole), name == "half-first"))
     return found
 
 
-def _other_covariance(features: dict[str, tuple[Tensor, Tensor]], kept: Sequence[str], distances: Callable) -> Row:
-    """Covariances over n in place of n - 1 scale the covariance part by (n - 1) / n."""
+def _other_covariance(features: Features, kept: Sequence[str], distances: Callable) -> Outcome:
+    """FVD with covariances over n, not n - 1: its covariance part is multiplied by (n - 1) / n."""
     real, made = (torch.stack([features[i][side] for i in kept]).double() for side in (0, 1))
     fvd, kvd = distances(features, kept)
     means = float((real.mean(0) - made.mean(0)).square().sum())
     biased = means + (fvd - means) * (len(kept) - 1) / len(kept)
-    return Row("covariance-n", "covariance over n, not n - 1 (StyleGAN-V, cd-fvd)", len(kept), biased, fvd, kvd, kvd)
+    return Outcome(
+        "covariance-n", "covariance over n, not n - 1 (StyleGAN-V, cd-fvd)", len(kept), biased, fvd, kvd, kvd
+    )

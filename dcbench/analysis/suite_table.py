@@ -1,4 +1,4 @@
-"""A suite's results: a row an arm with every seed's numbers; one table and its curves."""
+"""The results of a suite: a row per arm with the numbers of every seed, in one table and curves."""
 
 import csv
 import io
@@ -7,44 +7,44 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dcbench.analysis.statistics import compare_paired
 from dcbench.analysis.suite import Arm, Suite
+from dcbench.files import write_text
 from dcbench.metrics.functional import mean_interval
+from dcbench.metrics.statistics import compare_paired
 from dcbench.record import Record
 from dcbench.reports.figures import Curve, curves
 from dcbench.training.held_out import SWAPS, HeldOut
-from dcbench.weights import atomic_write
 
 Interval = tuple[float, float] | None
 
 
 @dataclass
-class Row:
+class ArmScores:
     """An arm's numbers: by metric, a value and its interval for each seed."""
 
     arm: Arm
     scores: dict[str, list[tuple[float, Interval]]] = field(default_factory=dict)
     gaps: dict[str, list[tuple[float, Interval]]] = field(default_factory=dict)  # to the baseline, on the same clips
     reasons: dict[str, str] = field(default_factory=dict)  # metrics that could not be computed
-    no_gap: str = ""  # why there is none
+    no_gap: str = ""  # why there are no gaps
     clips: int = 0
 
     def add(self, metric: str, value: float, interval: Interval) -> None:
         self.scores.setdefault(metric, []).append((value, interval))
 
-    def add_scores(self, record: Record, verdicts: Mapping[str, tuple[float, Interval]]) -> None:
-        """A finished run's scores and what the judge says of its clips."""
-        for name, score in record.scores.items():
+    def add_scores(self, record: Record) -> None:
+        """Add the scores of a finished run. Those of the data set's own metrics come last."""
+        own = list(record.plan.dataset.get("metrics", ()))
+        ordered = sorted(record.scores.items(), key=lambda item: own.index(item[0]) + 1 if item[0] in own else 0)
+        for name, score in ordered:
             if score.value is None:
                 self.reasons[name] = score.reason or "no reason given"
             else:
                 self.add(name, score.value, score.ci95)
-        for name, (value, interval) in verdicts.items():
-            self.add(name, value, interval)
         self.clips = record.n_planned
 
     def add_held_out(self, measured: HeldOut, baseline: HeldOut | None) -> None:
-        """An arm's losses. A swap's interval is of the growth over clips, in units of the mean loss."""
+        """Add the losses of an arm. A swap and its interval are the growth of the loss, divided by the mean loss."""
         half = 1.96 * measured.error
         self.add("held_out_loss", measured.loss, (measured.loss - half, measured.loss + half))
         for swap in SWAPS:
@@ -59,17 +59,22 @@ class Row:
             self.gaps.setdefault("first_frame_loss", []).append((gap.difference, gap.ci95))
 
     def add_gaps(self, stored: Mapping[str, Any]) -> None:
-        """A run's gap.json: differences from the baseline's run on the same clips."""
+        """Add the content of a run's gap.json: differences from the baseline's run on the same clips."""
         self.no_gap = stored["reason"]
         for name, gap in stored["gaps"].items():
             self.gaps.setdefault(name, []).append((gap["difference"], tuple(gap["ci95"]) if gap["ci95"] else None))
 
+    def add_no_difference(self) -> None:
+        """Add gaps of 0, for an arm that shares the run of the baseline."""
+        for name in self.scores:
+            self.gaps.setdefault(name, []).append((0.0, (0.0, 0.0)))
+
     def summary(self, metric: str) -> tuple[float, Interval] | None:
-        """Mean over seeds; the interval of a single seed, or the span of all seeds' intervals."""
+        """The mean over seeds, and the interval of a single seed, or the range of the intervals of all seeds."""
         return _span(self.scores.get(metric, []))
 
     def gap(self, metric: str) -> tuple[float, Interval] | None:
-        """As `summary`, of the difference from the baseline."""
+        """As `summary`, for the difference from the baseline."""
         return _span(self.gaps.get(metric, []))
 
 
@@ -81,8 +86,8 @@ def _span(found: Sequence[tuple[float, Interval]]) -> tuple[float, Interval] | N
     return sum(value for value, _ in found) / len(found), interval
 
 
-def write_table(suite: Suite, rows: Sequence[Row], out: Path, seeds: Sequence[int]) -> str:
-    """table.md, table.csv and curves; returns the Markdown."""
+def write_table(suite: Suite, rows: Sequence[ArmScores], out: Path, seeds: Sequence[int]) -> str:
+    """Write table.md, table.csv and curves into `out`. Returns the Markdown."""
     out.mkdir(parents=True, exist_ok=True)
     metrics = list(dict.fromkeys(name for row in rows for name in (*row.scores, *row.reasons)))
     paper = sorted({name for arm in suite.arms for name in arm.published})
@@ -100,8 +105,7 @@ def write_table(suite: Suite, rows: Sequence[Row], out: Path, seeds: Sequence[in
     reasons = {name: reason for row in rows for name, reason in row.reasons.items()}
     text += [f"\nNot computed: {name}: {reason}" for name, reason in reasons.items()]
     markdown = "\n".join(text) + "\n"
-    with atomic_write(out / "table.md") as temporary:
-        temporary.write_text(markdown)
+    write_text(out / "table.md", markdown)
     sheet = io.StringIO()
     writer = csv.writer(sheet)
     writer.writerow(["arm", "group", "x", "metric", "seed", "value", "low", "high"])
@@ -110,14 +114,13 @@ def write_table(suite: Suite, rows: Sequence[Row], out: Path, seeds: Sequence[in
         for name, found in (row.scores | gaps).items():
             for seed, (value, interval) in zip(seeds, found, strict=False):
                 writer.writerow([row.arm.name, row.arm.group, row.arm.x, name, seed, value, *(interval or ("", ""))])
-    with atomic_write(out / "table.csv") as temporary:
-        temporary.write_text(sheet.getvalue())
+    write_text(out / "table.csv", sheet.getvalue())
     draw_curves(suite, rows, metrics, out)
     return markdown
 
 
-def _gap_table(suite: Suite, rows: Sequence[Row]) -> list[str]:
-    """Each arm minus the baseline, clip by clip; what lies beyond chance in bold."""
+def _gap_table(suite: Suite, rows: Sequence[ArmScores]) -> list[str]:
+    """Each arm minus the baseline, clip by clip. Bold: the interval does not contain 0."""
     metrics = list(dict.fromkeys(name for row in rows for name in row.gaps))
     text = []
     if metrics:
@@ -147,9 +150,9 @@ def show(summary: tuple[float, Interval] | None) -> str:
     return f"{value:.4g}" + (f" [{interval[0]:.3g}, {interval[1]:.3g}]" if interval else "")
 
 
-def draw_curves(suite: Suite, rows: Sequence[Row], metrics: Sequence[str], out: Path) -> None:
-    """For arms with a place on an axis: one picture a metric, a line a group."""
-    groups: dict[str, list[Row]] = {}
+def draw_curves(suite: Suite, rows: Sequence[ArmScores], metrics: Sequence[str], out: Path) -> None:
+    """Draw curves of the arms with an `x`: a picture per metric, a line per group."""
+    groups: dict[str, list[ArmScores]] = {}
     for row in rows:
         if row.arm.x is not None:
             groups.setdefault(row.arm.group, []).append(row)

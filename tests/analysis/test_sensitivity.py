@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dcbench import planning, run
 from dcbench.analysis import sensitivity
 from dcbench.catalogue import find_dataset, find_model
 from dcbench.errors import UserError
@@ -14,8 +13,10 @@ from dcbench.metrics import extractors
 from dcbench.metrics import functional as fn
 from dcbench.metrics.extractors import I3DExtractor
 from dcbench.protocol import find_protocol
+from dcbench.runs import planning, sampling
+from dcbench.runs.run import Options
 
-QUIET = run.Options(device="cpu", quiet=True)
+QUIET = Options(device="cpu", quiet=True)
 
 
 class SmallNetwork(nn.Module):
@@ -45,7 +46,7 @@ def zoomed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     update = {"height": 48, "width": 64, "frame_stride": 2, "start": "first", "datasets": {}}
     protocol = find_protocol("smoke").model_copy(update=update)
     job = planning.plan(find_model("zoom"), find_dataset("shapes"), protocol, out=out, limit=6, quiet=True)
-    run.sample(job, QUIET)
+    sampling.sample(job, QUIET)
     return out
 
 
@@ -74,11 +75,11 @@ def test_the_base_is_the_runs_own_score(zoomed: Path, tmp_path: Path) -> None:
     job = planning.reopen(zoomed)
     extractor = SmallI3D()
     real, made = (
-        extractor.extract([source(job, entry) for entry in job.manifest])
+        extractor.extract([source(job, entry) for entry in job.cases])
         for source in (sensitivity.own_reference, sensitivity.own_generated)
     )
     result = sensitivity.measure(zoomed, QUIET, only=["mp4"])
-    assert result.base_fvd == pytest.approx(fn.frechet_distance(real, made), rel=1e-6)
+    assert result.base_fvd == pytest.approx(fn.frechet_distance(real, made), rel=1e-5)  # measured: 3e-6, other threads
     assert [row.name for row in result.rows] == ["mp4"]
 
 
@@ -94,7 +95,7 @@ def test_another_file_of_weights_is_a_choice(zoomed: Path, tmp_path: Path) -> No
     same, rounded = result.rows
     job = planning.reopen(zoomed)
     real, made = (
-        i3d.extract([source(job, entry) for entry in job.manifest[:4]])
+        i3d.extract([source(job, entry) for entry in job.cases[:4]])
         for source in (sensitivity.own_reference, sensitivity.own_generated)
     )
     assert same.fvd == pytest.approx(fn.frechet_distance(real, made), rel=1e-5)  # measured: 2e-6
@@ -104,12 +105,12 @@ def test_another_file_of_weights_is_a_choice(zoomed: Path, tmp_path: Path) -> No
 def test_a_reference_of_the_datasets_first_videos(zoomed: Path) -> None:
     """Its frames are the first videos' own, from their first frame on, at the run's stride."""
     job = planning.reopen(zoomed)
-    first = sorted(job.items)[: len(job.manifest)]
-    assert sorted(entry.id for entry in job.manifest) != first
+    first = sorted(job.items)[: len(job.cases)]
+    assert sorted(entry.id for entry in job.cases) != first
     read = sensitivity.first_videos(job)
-    for name, entry in zip(first, job.manifest, strict=True):
+    for name, entry in zip(first, job.cases, strict=True):
         frames = job.items[name].video.read([2 * k for k in range(len(entry.frames))])
-        assert torch.equal(read(job, entry), run.to_protocol_size(frames, job.protocol))
+        assert torch.equal(read(job, entry), job.to_size(frames))
     assert [row.name for row in sensitivity.measure(zoomed, QUIET, only=["reference-first"]).rows] == [
         "reference-first"
     ]

@@ -3,14 +3,15 @@
 import pytest
 
 from dcbench.analysis.lambda_probe import profile, published_profile, sweep, table, write_profile
-from dcbench.analysis.statistics import wilson
-from dcbench.analysis.suite import Arm, arm_card, find_suite, layer_group, load_scaled, suites
-from dcbench.analysis.suite_table import Row, show, write_table
-from dcbench.analysis.trained_arms import arm_recipe
-from dcbench.catalogue import ModelCard
+from dcbench.analysis.suite import Arm, arm_card, find_suite, suites
+from dcbench.analysis.suite_table import ArmScores, show, write_table
+from dcbench.catalogue import ModelCard, find_model, load_entry_point
 from dcbench.errors import UserError
+from dcbench.metrics.statistics import wilson
 from dcbench.models.base import Runtime
+from dcbench.models.dynamicrafter.image_scale import layer_group
 from dcbench.models.dynamicrafter.load import load
+from dcbench.training.arms import arm_recipe
 from dcbench.training.recipe import find_recipe
 
 CARD = ModelCard(
@@ -50,10 +51,52 @@ def test_an_arm_scales_the_learned_gates_and_nothing_else():
     learned = load(CARD, Runtime()).image_scale.values()
     card = arm_card(CARD, Arm(name="x", image_scale={"intermediate": 0.5}))
     assert CARD.options == {"variant": "tiny", "random_seed": 0}
-    found = load_scaled(card, Runtime()).image_scale.values()  # type: ignore[attr-defined]
+    assert card.entry_point == CARD.entry_point
+    assert card.options == {**CARD.options, "image_scale_factors": {"intermediate": 0.5}}
+    found = load_entry_point(card)(card, Runtime()).image_scale.values()
     middle = layer_group("intermediate", len(learned))
     for layer, (before, after) in enumerate(zip(learned, found, strict=True), 1):
-        assert after == pytest.approx(before * (0.5 if layer in middle else 1))
+        assert after == before * (0.5 if layer in middle else 1)
+    assert arm_card(CARD, Arm(name="x", image_scale={"all": 1.0})) == CARD
+
+
+def test_factors_multiply_what_the_options_set_and_the_later_group_counts():
+    options = {**CARD.options, "image_scale": 0.5, "image_scale_factors": {"all": 3, "2": 0.0}}
+    values = load(CARD.model_copy(update={"options": options}), Runtime()).image_scale.values()
+    assert values == [1.5, 0.0, *[1.5] * (len(values) - 2)]
+
+
+@pytest.mark.parametrize(
+    ("factors", "said"),
+    [
+        ({"middel": 0.5}, "options.image_scale_factors: layers 'middel': give all, ends, intermediate, or numbers"),
+        ({"99": 0.5}, "options.image_scale_factors: layer 99: this network has layers 1 to 16"),
+        ({"all": "half"}, "options.image_scale_factors: all = 'half'; give a number"),
+        ({"all": True}, "options.image_scale_factors: all = True; give a number"),
+        (0.5, "options.image_scale_factors = 0.5: expected dict"),
+    ],
+)
+def test_wrong_factors_are_told_before_weights_are_read(factors, said):
+    options = {"variant": "256", "image_scale_factors": factors}
+    with pytest.raises(UserError) as error:
+        load(CARD.model_copy(update={"options": options}), Runtime())
+    assert str(error.value).startswith(said)
+
+
+def test_a_model_without_gates_refuses_factors():
+    arm = Arm(name="x", image_scale={"all": 0.5})
+    with pytest.raises(UserError, match="zoom has no λ to change: it is not a DynamiCrafter"):
+        arm_card(find_model("zoom"), arm)
+    assert arm_card(find_model("zoom"), Arm(name="x", image_scale={"all": 1.0})) == find_model("zoom")
+
+
+def test_a_trained_arm_has_no_factors(tmp_path):
+    (tmp_path / "own.toml").write_text(
+        'name = "own"\ntitle = "Own"\nkind = "training"\nrecipe = "tiny"\n'
+        '[[arms]]\nname = "weak"\nimage_scale = { all = 0.5 }\n'
+    )
+    with pytest.raises(UserError, match="'weak' is trained"):
+        find_suite(str(tmp_path / "own.toml"))
 
 
 def test_knock_outs_change_the_card(tmp_path):
@@ -95,12 +138,12 @@ def test_intervals_of_shares():
 
 def test_the_table_shows_seeds_intervals_and_the_papers_column(tmp_path):
     suite = find_suite("table3-knockout")
-    row = Row(suite.arms[0], clips=24)
+    row = ArmScores(suite.arms[0], clips=24)
     row.add("fvd", 10.0, (8.0, 12.0))
     row.add("fvd", 14.0, (11.0, 17.0))
     row.reasons["pic"] = "its weights are missing"
     assert show(row.summary("fvd")) == "12 [8, 17]"
-    other = Row(suite.arms[1], clips=24)
+    other = ArmScores(suite.arms[1], clips=24)
     other.add("fvd", 20.0, (18.0, 22.0))
     stored = {"difference": 6.0, "ci95": [1.0, 11.0]}
     other.add_gaps({"reason": "", "gaps": {"fvd": stored, "motion": {"difference": 1.0, "ci95": [-1.0, 3.0]}}})
@@ -115,7 +158,7 @@ def test_training_arms_change_their_stages_only():
     suite = find_suite("table3-training")
     whole = find_recipe(suite.recipe)
     for arm in suite.arms:
-        recipe = arm_recipe(suite, arm, 3)
+        recipe = arm_recipe(whole.varied(suite.stages), arm.stages, arm.without, 3)
         names = [stage.name for stage in recipe.stages]
         assert recipe.start == whole.start and names[-1] == "joint" and not set(names) & set(arm.without)
         for name, changes in arm.stages.items():
