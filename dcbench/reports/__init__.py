@@ -1,17 +1,17 @@
-"""Reports: tables, figures and a page of clips, made from the records and clips of runs and from nothing else."""
+"""Reports: tables, figures and a page of clips, made only from the records and clips of runs."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dcbench.record import write_text
+from dcbench.files import write_text
 from dcbench.reports.figures import Curve, cost_plot, curves, frame_grid
 from dcbench.reports.page import ClipSource, group_runs, spread, write_page
 from dcbench.reports.tables import (
-    Run,
+    Result,
     costs,
     costs_to_markdown,
     layout,
-    load_runs,
+    load_results,
     name_runs,
     numbers,
     to_csv,
@@ -19,12 +19,12 @@ from dcbench.reports.tables import (
     to_markdown,
 )
 
-GRIDS = 2  # clips shown as frames, for each fingerprint
+GRIDS = 2  # clips drawn as frames, per fingerprint
 
 
 def write_report(runs: Sequence[Path], to: Path) -> str:
-    """Write table.md, table.tex, table.csv, figures and index.html to a folder; returns the table for the screen."""
-    loaded = load_runs(runs)
+    """Write table.md, table.tex, table.csv, figures and index.html to a folder. Returns the table as Markdown."""
+    loaded = load_results(runs)
     found = numbers(loaded)
     table = layout(loaded, found)
     text = to_markdown(table)
@@ -37,27 +37,27 @@ def write_report(runs: Sequence[Path], to: Path) -> str:
     return text
 
 
-def write_frames(runs: Sequence[Run], labels: Mapping[Path, str], to: Path, stem: str) -> list[tuple[str, str]]:
-    """Frames of a few clips, reference above and a row for each run; returns each picture's file and what it shows."""
+def write_frames(runs: Sequence[Result], labels: Mapping[Path, str], to: Path, stem: str) -> list[tuple[str, str]]:
+    """Draw frames of a few clips: the reference in the first row, then a row per run. Returns (file, caption) pairs."""
     figures = []
     for group in group_runs(runs):
         source = ClipSource(group)
-        for item in spread(source.items, GRIDS):
-            clips = source.read(item)
+        for case in spread(source.cases, GRIDS):
+            clips = source.read(case)
             rows = [("reference", clips.reference)] if clips.reference is not None else []
             rows += [(labels[run.path], clips.generated[run.path]) for run in group if run.path in clips.generated]
             if rows:
                 file = f"{stem}-{len(figures) + 1}.png"
-                frame_grid(to / file, rows, clips.image, f"{item.id}: {item.prompt}" if item.prompt else item.id)
-                figures.append((file, f"{item.id}: {item.prompt}"))
+                frame_grid(to / file, rows, clips.image, f"{case.id}: {case.prompt}" if case.prompt else case.id)
+                figures.append((file, f"{case.id}: {case.prompt}"))
     return figures
 
 
-def _cost_plots(runs: Sequence[Run], to: Path) -> list[tuple[str, str]]:
-    """FVD against seconds a clip, for each fingerprint with several runs that tell both."""
+def _cost_plots(runs: Sequence[Result], to: Path) -> list[tuple[str, str]]:
+    """Plot FVD against seconds per clip, for each fingerprint with several runs that have both numbers."""
     figures = []
     labels = name_runs(runs)
-    groups: dict[tuple[str, str], list[Run]] = {}
+    groups: dict[tuple[str, str], list[Result]] = {}
     for run in runs:
         score = run.record.scores.get("fvd")
         if score and score.value is not None and run.cost and run.cost.seconds_per_clip and not run.is_bound:
@@ -75,8 +75,8 @@ def _cost_plots(runs: Sequence[Run], to: Path) -> list[tuple[str, str]]:
     return figures
 
 
-def _extrapolations(runs: Sequence[Run], to: Path) -> list[tuple[str, str]]:
-    """FVD against 1 / N with the fitted curve, whose left end is FVD-infinity; a figure a run that has it."""
+def _extrapolations(runs: Sequence[Result], to: Path) -> list[tuple[str, str]]:
+    """Plot FVD against 1 / N with the fitted curve, for each run with FVD-infinity (the left end of the curve)."""
     figures = []
     labels = name_runs(runs)
     for run in runs:

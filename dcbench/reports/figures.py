@@ -1,4 +1,4 @@
-"""Figures: frames beside their input, quality against cost, curves. matplotlib without a display or global state."""
+"""Figures: frames next to their input, quality against cost, curves. No display, no global state of matplotlib."""
 
 import textwrap
 import warnings
@@ -13,9 +13,9 @@ from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor
 
 from dcbench.clips import check_clip
-from dcbench.weights import atomic_write
+from dcbench.files import atomic_write
 
-# Okabe and Ito's colours: distinct to colour-blind readers, and in print.
+# Okabe and Ito's colours: distinct for colour-blind readers and in print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 MARKERS = "osD^vPX*"
 
@@ -33,9 +33,9 @@ class Curve:
 def frame_grid(
     path: Path, rows: Sequence[tuple[str, Tensor]], image: Tensor | None, title: str, frames: int = 6
 ) -> None:
-    """One clip as several models made it. `rows`: (label, uint8 [t 3 h w]); `image`: the input, uint8 [3 h w].
+    """Draw one clip of several models. `rows`: (label, uint8 [t 3 h w]); `image`: the input, uint8 [3 h w].
 
-    A column a frame, evenly spaced from the first to the last; the input stands at the left of every row.
+    One column per frame, evenly spaced from first to last. The input is at the left of every row.
     """
     clips = [(label, check_clip(clip, label)) for label, clip in rows]
     columns = frames + (image is not None)
@@ -64,7 +64,7 @@ def frame_grid(
 
 
 def cost_plot(path: Path, points: Sequence[tuple[str, float, float, tuple[float, float] | None]], quality: str) -> None:
-    """`points`: (label, seconds a clip, value, its 95 % interval or None); `quality` names the value's axis."""
+    """`points`: (label, seconds per clip, value, its 95 % interval or None). `quality` labels the value axis."""
     figure = Figure(figsize=(5.2, 3.4), dpi=150, layout="constrained")
     axis = figure.subplots()
     for n, (label, seconds, value, interval) in enumerate(points):
@@ -124,7 +124,7 @@ def curves(
 
 
 def _text(text: str, width: int = 200) -> str:
-    """Names and captions as text, never as formulas: at most three lines of `width` letters."""
+    """Wrap to at most three lines of `width` letters, and escape $, which starts a formula in matplotlib."""
     lines = textwrap.wrap(text, width, break_long_words=True, max_lines=3, placeholder=" …")
     return "\n".join(lines).replace("$", r"\$")
 
@@ -132,7 +132,7 @@ def _text(text: str, width: int = 200) -> str:
 def _save(figure: Figure, path: Path) -> None:
     FigureCanvasAgg(figure)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # a caption in a script that the font lacks shows boxes
+        warnings.filterwarnings("ignore", message="Glyph")  # letters that the font lacks are drawn as boxes
         with atomic_write(path) as temporary:
             figure.savefig(
                 temporary, format=path.suffix[1:], metadata={"Software": None} if path.suffix == ".png" else {}

@@ -1,6 +1,6 @@
-"""The report as a page: one folder of HTML, CSS, JavaScript and previews that opens from disk, without a network.
+"""The report as a web page: one folder of HTML, CSS, JavaScript and videos. It opens from disk, without a network.
 
-Model names, captions and file names come from anywhere: jinja2 escapes all of them, and media files are numbered.
+Model names, captions and file names are untrusted: jinja2 escapes all of them, and media files are numbered.
 """
 
 from collections.abc import Sequence
@@ -11,13 +11,12 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import Tensor
 
-from dcbench import planning
-from dcbench import run as runner
 from dcbench.errors import UserError
-from dcbench.record import ManifestItem, read_jsonl, read_manifest, write_text
-from dcbench.reports.tables import COST_HEADINGS, Run, Table, name_runs, show_value
-from dcbench.video import read_clip, write_mp4
-from dcbench.weights import atomic_write
+from dcbench.files import atomic_write, read_jsonl, write_text
+from dcbench.record import Case
+from dcbench.reports.tables import COST_HEADINGS, Result, Table, name_runs, show_value
+from dcbench.runs import planning
+from dcbench.video import write_mp4
 
 TEMPLATES = Path(__file__).with_name("templates")
 
@@ -33,8 +32,8 @@ class Shown:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One manifest line: its input image and what each model made of it."""
+class ClipRow:
+    """One manifest line: its input image and each model's video."""
 
     id: str
     prompt: str
@@ -51,15 +50,15 @@ class Section:
     title: str
     fingerprint: str
     total: int
-    rows: list[Row] = field(default_factory=list)
+    rows: list[ClipRow] = field(default_factory=list)
     note: str = ""
 
 
 @dataclass(frozen=True)
 class Clips:
-    """What a row shows, as pixels: for the page and for the figures."""
+    """The pixels of a row, for the page and the figures."""
 
-    item: ManifestItem
+    case: Case
     image: Tensor | None  # uint8 [3 h w]
     reference: Tensor | None  # uint8 [t 3 h w]
     generated: dict[Path, Tensor]  # run path -> uint8 [t 3 h w]
@@ -68,55 +67,54 @@ class Clips:
 
 
 class ClipSource:
-    """Reads the clips of runs that share a fingerprint."""
+    """Reads the clips of runs that share a fingerprint. If the dataset is missing, there is no reference."""
 
-    def __init__(self, runs: Sequence[Run]):
-        self.runs = runs
-        self.items = read_manifest(runs[0].path / "manifest.jsonl")
-        self.job: planning.Job | None = None
-        self.missing = ""
+    def __init__(self, results: Sequence[Result]):
+        self.runs = {result.path: planning.open_run(result.path, result.record.plan) for result in results}
+        self.first, self.missing = self.runs[results[0].path], ""
         try:
-            self.job = planning.reopen(runs[0].path)
-        except UserError as error:  # the dataset may be gone, or the run may be a score of two folders
+            self.first = planning.reopen(results[0].path)
+        except UserError as error:
             self.missing = str(error).split("\n")[0]
+        self.cases = [case for case in self.first.cases if any(run.has_generated(case) for run in self.runs.values())]
 
-    def read(self, item: ManifestItem) -> Clips:
+    def read(self, case: Case) -> Clips:
         generated, lost = {}, {}
-        for run in self.runs:
-            path = run.path / "clips" / f"{item.id}.mkv"
+        for path, run in self.runs.items():
             try:
-                generated[run.path] = read_clip(path)[0]
+                generated[path] = run.clip(case)
             except UserError as error:
-                lost[run.path] = "no clip was made" if not path.exists() else str(error).removeprefix(f"{path}: ")
-        image = reference = None
-        missing = self.missing
-        if self.job is not None:
+                file = run.directory.clip(case.id)
+                there = case.id in run.folder or file.exists()
+                lost[path] = str(error).removeprefix(f"{file}: ") if there else "no clip was made"
+        image, reference, missing = None, None, self.missing
+        if not missing:
             try:
-                reference, _ = runner.reference_clip(self.job.items[item.id], item, self.job.protocol)
-                image = reference[item.condition_frame]
-            except (UserError, KeyError) as error:
+                reference, _ = self.first.reference(case)
+                image = reference[case.condition_frame]
+            except UserError as error:
                 missing = str(error).split("\n")[0]
-        return Clips(item, image, reference, generated, lost, missing)
+        return Clips(case, image, reference, generated, lost, missing)
 
 
-def group_runs(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs of one dataset and fingerprint together, in the order given; only runs that made clips."""
-    groups: dict[tuple[str, str], list[Run]] = {}
+def group_runs(runs: Sequence[Result]) -> list[list[Result]]:
+    """Group runs by dataset and fingerprint, in the order given. Runs without clips are left out."""
+    groups: dict[tuple[str, str], list[Result]] = {}
     for run in runs:
-        if (run.path / "clips").is_dir():
+        if (run.path / "clips").is_dir() or (run.path / "generated.jsonl").is_file():
             groups.setdefault((run.dataset, run.record.plan.fingerprint), []).append(run)
     return list(groups.values())
 
 
 def write_page(
-    runs: Sequence[Run],
+    runs: Sequence[Result],
     table: Table,
     costs: Sequence[Sequence[str]],
     figures: Sequence[tuple[str, str]],
     to: Path,
     clips: int = 12,
 ) -> Path:
-    """Write index.html and media/ to the folder; returns the page. `figures`: (file relative to the page, caption)."""
+    """Write index.html and media/ to the folder. Returns the page. `figures`: (file relative to the page, caption)."""
     sections = [_section(group, number, to, clips, name_runs(runs)) for number, group in enumerate(group_runs(runs))]
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
     page = environment.get_template("report.html").render(
@@ -133,38 +131,38 @@ def write_page(
     return to / "index.html"
 
 
-def _section(runs: list[Run], number: int, to: Path, clips: int, labels: dict[Path, str]) -> Section:
+def _section(runs: list[Result], number: int, to: Path, clips: int, labels: dict[Path, str]) -> Section:
     source = ClipSource(runs)
     values = {run.path: _per_clip(run.path) for run in runs}
-    section = Section(f"{runs[0].dataset}, {runs[0].block}", runs[0].record.plan.fingerprint, len(source.items))
-    for index, item in enumerate(spread(source.items, clips)):
-        shown = source.read(item)
+    section = Section(f"{runs[0].dataset}, {runs[0].block}", runs[0].record.plan.fingerprint, len(source.cases))
+    for index, case in enumerate(spread(source.cases, clips)):
+        shown = source.read(case)
         stem = f"media/{number}-{index:03d}"
         videos = []
         if shown.reference is not None:
-            write_mp4(to / f"{stem}-reference.mp4", shown.reference, item.fps)
+            write_mp4(to / f"{stem}-reference.mp4", shown.reference, case.fps)
             videos.append(Shown("reference", f"{stem}-reference.mp4"))
         else:
             videos.append(Shown("reference", None, shown.missing))
         for column, run in enumerate(runs):
             clip = shown.generated.get(run.path)
             if clip is not None:
-                write_mp4(to / f"{stem}-{column}.mp4", clip, item.fps)
+                write_mp4(to / f"{stem}-{column}.mp4", clip, case.fps)
             file = f"{stem}-{column}.mp4" if clip is not None else None
-            text = _value_text(values[run.path].get(item.id, {}))
+            text = _value_text(values[run.path].get(case.id, {}))
             videos.append(Shown(labels[run.path], file, shown.lost.get(run.path, ""), text))
         image = None
         if shown.image is not None:
             image = f"{stem}-input.png"
             _write_png(to / image, shown.image)
-        section.rows.append(Row(item.id, item.prompt, image, item.fps, len(item.frames), videos))
+        section.rows.append(ClipRow(case.id, case.prompt, image, case.fps, len(case.frames), videos))
     return section
 
 
-def spread(items: Sequence[ManifestItem], count: int) -> list[ManifestItem]:
-    """`count` items evenly over the manifest, so that not all come from its first class."""
-    step = max(1, len(items) / count)
-    return [items[int(k * step)] for k in range(min(count, len(items)))]
+def spread(cases: Sequence[Case], count: int) -> list[Case]:
+    """`count` cases, evenly spaced over the manifest, so that not all come from its first class."""
+    step = max(1, len(cases) / count)
+    return [cases[int(k * step)] for k in range(min(count, len(cases)))]
 
 
 def _per_clip(path: Path) -> dict[str, dict[str, Any]]:
@@ -173,7 +171,7 @@ def _per_clip(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _value_text(row: dict[str, Any]) -> str:
-    """ "motion 1.68, pic 0.71": the per-clip metrics that are one number."""
+    """The per-clip metrics with a single value, as "motion 1.68, pic 0.71"."""
     found = {
         name: value["value"]
         for name, value in row.items()

@@ -1,7 +1,8 @@
-"""Tables of records: models x datasets x metrics. Pure functions; only comparable numbers are compared.
+"""Tables of records: models x datasets x metrics. Pure functions.
 
-Two numbers are comparable when dataset, metric, fingerprint, extractor and sample sizes are all equal; published ones
-when dataset, metric and protocol tag are. The best of several comparable numbers is bold; nothing else is.
+Two measured numbers are comparable if dataset, metric (with options and code), fingerprint, extractor and sample sizes
+are equal; two published numbers, if dataset, metric and protocol tag are equal. Only the best of several comparable
+numbers is bold. A metric that was scored in two ways has two columns.
 """
 
 import re
@@ -15,17 +16,18 @@ import pandas as pd
 
 from dcbench.catalogue import Card, MetricCard, ModelCard, cards
 from dcbench.errors import UserError
-from dcbench.record import Cost, Record, digest, read_cost, read_record
+from dcbench.files import digest
+from dcbench.record import Cost, Record, Score, read_cost, read_record
 
 ORDER = ("fvd", "fvd_infinity", "kvd", "pic", "clip_text", "clip_image", "clip_frames", "motion", "warp_error")
-LITTLE_MOTION = 0.1  # share of the real clips' motion below which a model is marked
+LITTLE_MOTION = 0.1  # a model with a smaller share of the real clips' motion gets a footnote
 
 
 @dataclass(frozen=True)
 class Number:
     """One measured or published number: a line of the CSV file."""
 
-    block: str  # the rows that it stands among: a protocol and its version, or "published, <protocol tag>"
+    block: str  # of the table: a protocol and its version, or "published, <protocol tag>"
     model: str
     dataset: str
     metric: str
@@ -42,12 +44,12 @@ class Number:
     reason: str = ""  # why there is no value
     ci_method: str = ""
     extractor: str = ""
-    comparable: str = ""  # equal for numbers that may be compared; "" for none
+    comparable: str = ""  # equal for comparable numbers; "" = not comparable
     run: str = ""
 
 
 @dataclass(frozen=True)
-class Run:
+class Result:
     """A finished run: its record and what it cost."""
 
     path: Path
@@ -69,7 +71,7 @@ class Run:
 
     @property
     def is_bound(self) -> bool:
-        """Whether the model sees the clip that it is compared with."""
+        """Whether the model gets the reference clip as input."""
         return "reference" in self.record.plan.model.get("conditions_on", ())
 
     @property
@@ -79,19 +81,19 @@ class Run:
         return bool(motion and motion.value is not None and of_real and motion.value < LITTLE_MOTION * of_real)
 
 
-def load_runs(paths: Sequence[Path]) -> list[Run]:
+def load_results(paths: Sequence[Path]) -> list[Result]:
     """Records of run directories or record.json files, each once, in the order given."""
-    runs: dict[Path, Run] = {}
+    runs: dict[Path, Result] = {}
     for path in paths:
         directory = (path if path.is_dir() else path.parent).resolve()
-        runs.setdefault(directory, Run(path if path.is_dir() else path.parent, read_record(path), read_cost(path)))
+        runs.setdefault(directory, Result(path if path.is_dir() else path.parent, read_record(path), read_cost(path)))
     if not runs:
         raise UserError("no runs were given; expected run directories or record.json files")
     return list(runs.values())
 
 
-def name_runs(runs: Sequence[Run]) -> dict[Path, str]:
-    """A label for each run: the model's title and, where several share it, what tells them apart."""
+def name_runs(runs: Sequence[Result]) -> dict[Path, str]:
+    """A label for each run: the model's title. If several runs share it, the differing settings are added."""
     names: dict[Path, str] = {}
     for run in runs:
         alike = [
@@ -106,18 +108,19 @@ def name_runs(runs: Sequence[Run]) -> dict[Path, str]:
     return names
 
 
-def _settings(run: Run) -> dict[str, Any]:
+def _settings(run: Result) -> dict[str, Any]:
     plan = run.record.plan
     values = {**plan.model.get("sampling", {}), **plan.model.get("options", {})}
     return {**values, "seed": plan.seed, "clips": run.record.n_planned, "fingerprint": plan.fingerprint[:8]}
 
 
-def numbers(runs: Sequence[Run], models: Mapping[str, Card] | None = None) -> list[Number]:
-    """Every number of the runs, and the published ones on their datasets.
+def numbers(runs: Sequence[Result], models: Mapping[str, Card] | None = None) -> list[Number]:
+    """All numbers of the runs, and the published numbers on the same datasets.
 
-    `models`: the cards whose published numbers are shown (default: the catalogue).
+    `models`: the cards to take published numbers from (default: the catalogue).
     """
-    found = [number for run in runs for number in _measured(run, name_runs(runs)[run.path])]
+    columns, labels = _columns(runs), name_runs(runs)
+    found = [number for run in runs for number in _measured(run, labels[run.path], columns)]
     directions = {
         name: card.higher_is_better for name, card in cards("metrics").items() if isinstance(card, MetricCard)
     }
@@ -141,10 +144,36 @@ def numbers(runs: Sequence[Run], models: Mapping[str, Card] | None = None) -> li
     return _mark_best(found)
 
 
-def _measured(run: Run, label: str) -> Iterator[Number]:
-    for metric, score in run.record.scores.items():
+def _way(score: Score) -> dict[str, Any]:
+    """How a score was made: options and version, where they are not those of this machine's card; the extractor."""
+    card, version = cards("metrics").get(str(score.metric.get("name"))), score.metric.get("version", "1")
+    options = score.metric.get("options", {})  # a record of dcbench 0.1 has none: taken as the card's own
+    own = {key: value for key, value in options.items() if card is None or card.options.get(key) != value}
+    return own | ({"version": version} if version != "1" else {}) | score.extractor
+
+
+def _columns(runs: Sequence[Result]) -> dict[tuple[str, str], str]:
+    """(metric, digest of a way to score it) -> its column: the metric's name, with what tells several ways apart."""
+    ways: dict[str, dict[str, dict[str, Any]]] = {}
+    for run in runs:
+        for metric, score in run.record.scores.items():
+            if score.value is not None:
+                ways.setdefault(metric, {})[digest(_way(score))] = _way(score)
+    columns = {}
+    for metric, found in ways.items():
+        keys = dict.fromkeys(key for way in found.values() for key in way)
+        differing = [key for key in keys if len({str(way.get(key)) for way in found.values()}) > 1]
+        for name, way in found.items():
+            parts = [f"{key}={str(way[key])[:12]}" for key in differing if way.get(key)]
+            columns[metric, name] = f"{metric}({', '.join(parts)})" if parts else metric
+    return columns
+
+
+def _measured(run: Result, label: str, columns: Mapping[tuple[str, str], str]) -> Iterator[Number]:
+    for name, score in run.record.scores.items():
         low, high = score.ci95 or (None, None)
-        known = [run.dataset, metric, score.fingerprint, score.extractor, score.n_reference, score.n_generated]
+        metric = columns.get((name, digest(_way(score))), name)
+        known = [run.dataset, name, score.fingerprint, _way(score), score.n_reference, score.n_generated]
         yield Number(
             block=run.block,
             model=label,
@@ -166,7 +195,7 @@ def _measured(run: Run, label: str) -> Iterator[Number]:
 
 
 def _mark_best(found: list[Number]) -> list[Number]:
-    """Mark the best of several comparable values; ties share it, and a group of equal values has no best."""
+    """Mark the best of several comparable values. Ties are all marked; a group of equal values has no best."""
     groups: dict[str, list[float]] = defaultdict(list)
     for number in found:
         if number.comparable and number.value is not None and number.higher_is_better is not None:
@@ -196,27 +225,27 @@ class Cell:
 
 @dataclass
 class Table:
-    """A table ready to be written in any notation: blocks of rows, each row a label and its cells."""
+    """A table, independent of the output format: blocks of rows. A row is a label and its cells."""
 
     columns: list[tuple[str, str]]  # (dataset, heading)
     blocks: list[tuple[str, list[tuple[Cell, list[Cell]]]]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def note(self, text: str) -> int:
-        """The number of a footnote; equal texts share one."""
+        """Add a footnote and return its number. Equal texts share one."""
         if text not in self.notes:
             self.notes.append(text)
         return self.notes.index(text) + 1
 
 
 def show_value(value: float) -> str:
-    """As papers print these metrics: two decimals from 10 on, four below; an exponent for the tiny ones."""
+    """Two decimals from 10 on, four below 10, an exponent below 0.001, as in papers."""
     size = abs(value)
     return f"{value:.2f}" if size >= 10 else f"{value:.4f}" if size >= 1e-3 or size < 5e-7 else f"{value:.1e}"
 
 
-def layout(runs: Sequence[Run], found: Sequence[Number]) -> Table:
-    """Arrange `numbers`: measured blocks first, then published ones under their own tags."""
+def layout(runs: Sequence[Result], found: Sequence[Number]) -> Table:
+    """Arrange numbers in a table: measured blocks first, then a block for each published protocol tag."""
     columns: list[tuple[str, str]] = []  # (dataset, metric); metric "" = the sample size
     for dataset in dict.fromkeys(number.dataset for number in found):
         present = {number.metric for number in found if number.dataset == dataset and number.value is not None}
@@ -239,12 +268,14 @@ def layout(runs: Sequence[Run], found: Sequence[Number]) -> Table:
 
 
 def _rank(metric: str) -> tuple[int, str]:
-    return (ORDER.index(metric) if metric in ORDER else len(ORDER), metric)
+    name = metric.partition("(")[0]
+    return (ORDER.index(name) if name in ORDER else len(ORDER), metric)
 
 
 def _title(metric: str) -> str:
-    card = cards("metrics").get(metric)
-    return card.title if card else metric
+    name, bracket, way = metric.partition("(")
+    card = cards("metrics").get(name)
+    return f"{card.title if card else name}{' ' if bracket else ''}{bracket}{way}"
 
 
 def _heading(metric: str, found: Sequence[Number]) -> str:
@@ -254,10 +285,10 @@ def _heading(metric: str, found: Sequence[Number]) -> str:
     return f"{_title(metric)} {'↑' if directions[0] else '↓'}" if directions else _title(metric)
 
 
-def _label(model: str, own: Sequence[Run], table: Table) -> Cell:
+def _label(model: str, own: Sequence[Result], table: Table) -> Cell:
     notes = []
     if any(run.is_bound for run in own):
-        notes.append(table.note("Returns the reference clip itself: the bound of the metrics, no contestant."))
+        notes.append(table.note("Returns the reference clip itself: the bound of the metrics, not a competing model."))
     if any(run.hardly_moves for run in own):
         notes.append(
             table.note(
@@ -283,7 +314,7 @@ def _cell(line: Sequence[Number], dataset: str, metric: str, table: Table) -> Ce
 
 
 def _size_cell(line: Sequence[Number], table: Table) -> Cell:
-    """The sample size, with a footnote that names the fingerprint of what was scored."""
+    """The sample size, with a footnote that gives the fingerprint."""
     scored = [number for number in line if number.value is not None and not number.published]
     if not scored:
         return Cell("")
@@ -296,8 +327,8 @@ def _size_cell(line: Sequence[Number], table: Table) -> Cell:
     return Cell(" / ".join(sizes), notes=tuple(notes))
 
 
-def _explain(runs: Sequence[Run], found: Sequence[Number], table: Table) -> None:
-    """Footnotes that belong to no cell: intervals, extractors, lost clips, metrics that nobody could compute."""
+def _explain(runs: Sequence[Result], found: Sequence[Number], table: Table) -> None:
+    """Add footnotes for the whole table: intervals, extractors, lost clips, metrics that no run has."""
     labels = name_runs(runs)
     methods = sorted({number.ci_method for number in found if number.low is not None and number.ci_method})
     if methods:
@@ -330,7 +361,7 @@ def _explain(runs: Sequence[Run], found: Sequence[Number], table: Table) -> None
 
 
 def _shorten(extractor: str) -> str:
-    """Hashes by their first twelve digits; the CSV file has all of them."""
+    """Shorten hashes to twelve digits. The CSV file has all digits."""
     return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{20,}\b", r"\1", extractor).removeprefix("name ").replace("_", " ")
 
 
@@ -342,7 +373,7 @@ def _first_line(text: str) -> str:
 
 
 def to_markdown(table: Table) -> str:
-    """A table for each dataset, so that it fits a screen, and the footnotes of all below."""
+    """One table per dataset, so that each fits a screen, and the footnotes below."""
 
     def show(cell: Cell) -> str:
         text = _markdown(cell.text)
@@ -369,7 +400,7 @@ def to_markdown(table: Table) -> str:
 
 
 def _markdown(text: str) -> str:
-    """Text that names and reasons cannot break out of."""
+    """Escape text for a cell of a Markdown table."""
     for char in "\\|*`":
         text = text.replace(char, f"\\{char}")
     return text.replace("<", "&lt;").replace(">", "&gt;").replace("\r", " ").replace("\n", " ")
@@ -384,13 +415,13 @@ TEX = {
 
 
 def tex(text: str) -> str:
-    """Text as LaTeX prints it: no command, no ligature of hyphens, a minus before digits."""
+    """Escape text for LaTeX. Hyphens form no ligature; before a digit they are a minus."""
     escaped = "".join(TEX.get(char, char) for char in text)
     return re.sub(r"(?<![\w-])-(?=\d)", "$-$", re.sub("-(?=-)", "-{}", escaped))
 
 
 def to_latex(table: Table) -> str:
-    """A booktabs table with its footnotes below; needs \\usepackage{booktabs} and nothing else."""
+    """A booktabs table with its footnotes below. It needs only \\usepackage{booktabs}."""
 
     def show(cell: Cell) -> str:
         marks = ",".join(map(str, cell.notes))
@@ -399,17 +430,21 @@ def to_latex(table: Table) -> str:
         return value + (f" {{\\scriptsize [{interval}}}" if space else "") + (f"$^{{{marks}}}$" if marks else "")
 
     several = len({dataset for dataset, _ in table.columns}) > 1
-    pairs = [("", "Model"), *((tex(dataset) if several else "", tex(heading)) for dataset, heading in table.columns)]
+    pairs = [("", "Model")]
+    for dataset, heading in table.columns:
+        pair = (tex(dataset) if several else "", tex(heading))
+        while pair in pairs:  # pandas' Styler needs unique headings; {} prints nothing
+            pair = (pair[0], pair[1] + "{}")
+        pairs.append(pair)
     columns = pd.MultiIndex.from_tuples(pairs) if several else pd.Index([heading for _, heading in pairs])
     lines: list[list[str]] = []
     for block, rows in table.blocks:
         lines.append([f"\\emph{{{tex(block)}}}", *[""] * len(table.columns)])
         lines += [[show(label), *map(show, cells)] for label, cells in rows]
-    # Two columns may share a heading, which pandas' Styler refuses: number them, and put the headings in afterwards.
-    frame = pd.DataFrame(lines, columns=columns)
-    frame = frame if frame.columns.is_unique else frame.set_axis(range(len(pairs)), axis=1)
-    body = frame.style.hide(axis="index").to_latex(
-        hrules=True, column_format="l" + "c" * len(table.columns), multicol_align="c"
+    body = (
+        pd.DataFrame(lines, columns=columns)
+        .style.hide(axis="index")
+        .to_latex(hrules=True, column_format="l" + "c" * len(table.columns), multicol_align="c")
     )
     first, *rest = body.split("\n\\emph{")
     body = first + "".join(
@@ -422,8 +457,8 @@ def to_latex(table: Table) -> str:
 COST_HEADINGS = ("Model", "Dataset", "Seconds a clip", "Peak memory, MB", "On")
 
 
-def costs(runs: Sequence[Run]) -> list[list[str]]:
-    """What the runs took, a line for each run that tells: the columns of COST_HEADINGS."""
+def costs(runs: Sequence[Result]) -> list[list[str]]:
+    """The cost of the runs, in the columns of COST_HEADINGS. Runs without a measured time are left out."""
     labels = name_runs(runs)
     lines = []
     for run in runs:

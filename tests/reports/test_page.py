@@ -9,18 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from dcbench.files import write_json, write_text
 from dcbench.metrics.distances import score_frechet_infinity
-from dcbench.record import (
-    Cost,
-    ManifestItem,
-    Plan,
-    Record,
-    Score,
-    read_record,
-    write_json,
-    write_manifest,
-    write_text,
-)
+from dcbench.record import Case, Cost, Plan, Record, Score, read_record, write_manifest
 from dcbench.reports import write_report
 from dcbench.reports.figures import Curve, cost_plot, curves, frame_grid
 from dcbench.reports.page import spread
@@ -39,7 +30,7 @@ def clip(seed: int, frames: int = 16, size: int = 32) -> torch.Tensor:
 def make_run(path: Path, title: str, prompt: str = "a prompt", clips: int = 3, fingerprint: str = "f00d") -> Path:
     """A finished run whose dataset is gone."""
     items = [
-        ManifestItem(id=f"v{n:02d}", video=f"v{n:02d}.mp4", frames=list(range(16)), fps=8, frame_stride=3,
+        Case(id=f"v{n:02d}", video=f"v{n:02d}.mp4", frames=list(range(16)), fps=8, frame_stride=3,
                      prompt=prompt, caption_index=0, seed=n)
         for n in range(clips)
     ]  # fmt: skip
@@ -52,9 +43,12 @@ def make_run(path: Path, title: str, prompt: str = "a prompt", clips: int = 3, f
         excluded=[], versions={},
     )  # fmt: skip
     fvd = Score(value=float(len(title)), n_reference=3, n_generated=3, higher_is_better=False, fingerprint=fingerprint)
-    write_json(path / "plan.json", plan)
-    write_json(path / "record.json", Record(plan=plan, scores={"fvd": fvd}, n_planned=3, n_scored=3, clips_sha256=""))
-    write_json(path / "cost.json", Cost(seconds_per_clip=0.5 * len(title)))
+    write_json(path / "plan.json", plan.model_dump(mode="json"))
+    write_json(
+        path / "record.json",
+        Record(plan=plan, scores={"fvd": fvd}, n_planned=3, n_scored=3, clips_sha256="").model_dump(mode="json"),
+    )
+    write_json(path / "cost.json", Cost(seconds_per_clip=0.5 * len(title)).model_dump(mode="json"))
     write_text(path / "per_clip.jsonl", '{"id": "v00", "motion": {"value": 1.5, "per_frame": [1, 2]}}\n')
     for n, item in enumerate(items):
         write_lossless(path / "clips" / f"{item.id}.mkv", clip(n), item.fps)
@@ -194,7 +188,10 @@ def test_the_fitted_curve_of_fvd_infinity_is_drawn(tmp_path):
         value=found.value, ci95=found.ci95, n_reference=64, n_generated=64, higher_is_better=False, fingerprint="f00d",
         details=found.details,
     )  # fmt: skip
-    write_json(path / "record.json", record.model_copy(update={"scores": {**record.scores, "fvd_infinity": score}}))
+    write_json(
+        path / "record.json",
+        record.model_copy(update={"scores": {**record.scores, "fvd_infinity": score}}).model_dump(mode="json"),
+    )
     write_report([path], tmp_path / "report")
     page = Page((tmp_path / "report" / "index.html").read_text(encoding="utf-8"))
     assert "fvd-infinity-1.png" in page.files and f"extrapolated to {found.value:.1f} [" in page.text

@@ -9,13 +9,16 @@ import pytest
 
 from dcbench.catalogue import ModelCard, Published
 from dcbench.errors import UserError
-from dcbench.record import Cost, Excluded, Failure, Plan, Record, Score, write_json
+from dcbench.files import write_json
+from dcbench.record import Cost, Excluded, Failure, Plan, Record, Score
 from dcbench.reports.tables import (
-    Run,
+    Cell,
+    Result,
+    Table,
     costs,
     costs_to_markdown,
     layout,
-    load_runs,
+    load_results,
     name_runs,
     numbers,
     show_value,
@@ -49,7 +52,7 @@ def run(
     fingerprint: str = "f00d",
     path: str = "",
     **more: Any,
-) -> Run:
+) -> Result:
     model = {"name": "m", "title": title, "conditions_on": ["image"], **more.pop("model", {})}
     plan = Plan(
         dcbench="0",
@@ -64,14 +67,14 @@ def run(
     )
     cost = more.pop("cost", None)
     record = Record(plan=plan, scores=scores, n_planned=2048, n_scored=2048, clips_sha256="", **more)
-    return Run(Path(path or f"runs/{title}"), record, cost)
+    return Result(Path(path or f"runs/{title}"), record, cost)
 
 
-def best(runs: list[Run], metric: str = "fvd") -> list[str]:
+def best(runs: list[Result], metric: str = "fvd") -> list[str]:
     return [number.model for number in numbers(runs, {}) if number.metric == metric and number.best]
 
 
-def markdown(runs: list[Run], cards: dict[str, ModelCard] | None = None) -> str:
+def markdown(runs: list[Result], cards: dict[str, ModelCard] | None = None) -> str:
     return to_markdown(layout(runs, numbers(runs, cards or {})))
 
 
@@ -313,13 +316,18 @@ def test_cost_table():
 
 def test_records_are_loaded_once_each_and_errors_are_for_the_user(tmp_path):
     for name in ("one", "two"):
-        write_json(tmp_path / name / "record.json", run(name, {"fvd": score(1)}).record)
-    loaded = load_runs([tmp_path / "two", tmp_path / "one" / "record.json", tmp_path / "two"])
+        write_json(tmp_path / name / "record.json", run(name, {"fvd": score(1)}).record.model_dump(mode="json"))
+    loaded = load_results([tmp_path / "two", tmp_path / "one" / "record.json", tmp_path / "two"])
     assert [entry.title for entry in loaded] == ["two", "one"]
     with pytest.raises(UserError, match="no record at"):
-        load_runs([tmp_path / "three"])
+        load_results([tmp_path / "three"])
     with pytest.raises(UserError, match="no runs were given"):
-        load_runs([])
+        load_results([])
     (tmp_path / "one" / "record.json").write_text('{"schema_version": 99}')
     with pytest.raises(UserError, match="schema version 99"):
-        load_runs([tmp_path / "one"])
+        load_results([tmp_path / "one"])
+
+
+def test_columns_with_one_heading_keep_it_in_latex():
+    table = Table([("d", "X"), ("d", "X")], [("block", [(Cell("model"), [Cell("1"), Cell("2")])])])
+    assert "Model & X & X{} \\\\" in to_latex(table)
