@@ -50,7 +50,7 @@ CASES = {
     "setting that the card lacks": ([*RUN, "--set", "options.facter=2"], r'Did you mean "options\.factor"'),
     "setting of another type": ([*RUN, "--set", "options.factor=big"], "expected float, such as 1.25"),
     "setting out of range": ([*RUN, "--limit", "1", "--set", "options.factor=0.5"], "between 1 and 16"),
-    "no GPU": ([*RUN, "--limit", "1", "--device", "cuda"], "sees no GPU. Use --device cpu"),
+    "no GPU": ([*RUN, "--limit", "1", "--device", "cuda"], "finds no GPU. Use --device cpu"),
     "no such device": ([*RUN, "--limit", "1", "--device", "tpux"], "--device tpux.*For example: auto, cpu, cuda"),
     "unknown dtype": ([*RUN, "--dtype", "float8"], "expected float16, bfloat16 or float32"),
     "manifest that is not there": ([*RUN, "--manifest", "none.jsonl"], "cannot read none.jsonl"),

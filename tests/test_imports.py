@@ -9,19 +9,21 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dcbench"
 
 LEVELS = {
-    "errors": 0, "__init__": 0,
-    "catalogue": 1, "record": 2, "rundir": 3, "progress": 1, "seeding": 1,
+    "errors": 0, "version": 0, "facts": 1, "files": 1, "shapes": 4,
+    "catalogue": 2, "record": 2, "progress": 1, "seeding": 1,
     "clips": 3, "weights": 3, "machine": 3, "protocol": 3, "video_worker": 3, "video": 4,
     "models": 5, "datasets": 5, "metrics": 5,
-    "scoring": 6, "ranks": 6, "planning": 7, "run": 8, "grid": 9, "folders": 9, "training": 7, "reports": 10,
-    "analysis": 11, "cli": 12, "__main__": 13,
+    "ranks": 6, "runs": 8, "animate": 7, "training": 7, "reports": 10,
+    "analysis": 11, "cli": 12, "__main__": 13, "__init__": 13,
 }  # fmt: skip
 SIDE_BY_SIDE = {"models", "datasets", "metrics"}
 NO_TORCH = (
     "errors",
     "catalogue",
     "record",
-    "rundir",
+    "facts",
+    "files",
+    "runs/directory",
     "progress",
     "protocol",
     "cli/app",

@@ -1,4 +1,4 @@
-"""The program: commands, errors, signals. Rooms are imported inside commands: `--help` never imports torch."""
+"""The command-line program: commands, errors, signals. Commands import what they need, so `--help` imports no torch."""
 
 import os
 import signal
@@ -34,7 +34,7 @@ app.add_typer(probe.probe, name="probe")
 
 
 class _Stopped(BaseException):
-    """Ctrl-C, or a polite kill. Not KeyboardInterrupt, which the argument parser would take for itself."""
+    """SIGINT (Ctrl-C) or SIGTERM. Not KeyboardInterrupt, because the argument parser catches that."""
 
 
 def _stop(number: int, frame: object) -> None:
@@ -42,9 +42,9 @@ def _stop(number: int, frame: object) -> None:
 
 
 def main() -> None:
-    """Entry point: errors for the user without a traceback, Ctrl-C without noise."""
-    # Before torch: idle threads wait some 0.1 ms for work, then sleep. To sleep at once costs small networks half their
-    # speed, to spin on starves decoding and neighbours (benchmarks/waiting.py).
+    """Entry point. A UserError or Ctrl-C prints a message without a traceback."""
+    # Set before torch is imported: idle threads spin about 0.1 ms, then sleep. Without spinning, small networks run at
+    # half speed; longer spinning slows decoding and other processes (benchmarks/waiting.py).
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     before = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -1,4 +1,4 @@
-"""run, sample, score, report, list."""
+"""The commands run, sample, score, report and list."""
 
 import json
 from pathlib import Path
@@ -31,9 +31,8 @@ from dcbench.cli.options import (
 from dcbench.errors import UserError
 
 if TYPE_CHECKING:
-    from dcbench.grid import Cell
-    from dcbench.planning import Job
-    from dcbench.run import Options
+    from dcbench.runs.grid import Cell
+    from dcbench.runs.run import Options, Run
 
 
 def _prepare(
@@ -44,10 +43,10 @@ def _prepare(
     manifest: Path | None,
     options: "Options",
     write: bool = True,
-) -> "Job":
-    from dcbench import planning
+) -> "Run":
     from dcbench.catalogue import find_dataset, find_model, with_overrides
     from dcbench.protocol import find_protocol
+    from dcbench.runs import planning
 
     model, dataset = with_overrides(find_model(cell.model), list(cell.settings)), find_dataset(cell.dataset)
     chosen = find_protocol(protocol or dataset.protocol)
@@ -77,21 +76,21 @@ def run(
     download: Download = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Generate clips with a model, score them, and end in a table. The same command continues a stopped run.
+    """Generate clips with a model, score them, and print a table. The same command continues a stopped run.
 
-    Several models or datasets make a grid: each model on each dataset, one table at the end.
+    Several models or datasets make a grid: each model runs on each dataset, with one table at the end.
     """
-    from dcbench import grid
+    from dcbench.runs import grid
 
     options = run_options(device, dtype, batch_size, download)
     write = not dry_run
     cells = grid.cells(model, dataset, data or [], settings or [], out, manifest)
-    jobs = [_prepare(cell, protocol, seed, limit, manifest, options, write) for cell in cells]
+    planned = [_prepare(cell, protocol, seed, limit, manifest, options, write) for cell in cells]
     if dry_run:
-        for job in jobs:
-            _print_plan(job)
+        for run in planned:
+            _print_plan(run)
         return
-    finished, failed = grid.run(jobs, options, names(metrics))
+    finished, failed = grid.run_all(planned, options, names(metrics))
     if finished and _first_rank():
         _report(finished, grid.report_folder(finished, out))
     if failed:
@@ -119,16 +118,16 @@ def sample(
     manifest: Manifest = None,
     download: Download = False,
 ) -> None:
-    """The first half of `run`: only make the clips."""
+    """Only generate the clips: the first half of `run`."""
     options = run_options(device, dtype, batch_size, download)
-    from dcbench import run as runner
-    from dcbench.grid import Cell
     from dcbench.ranks import rank
+    from dcbench.runs.grid import Cell
+    from dcbench.runs.sampling import sample as sample_run
 
-    job = _prepare(Cell(model, dataset, data, tuple(settings or ()), out), protocol, seed, limit, manifest, options)
-    runner.sample(job, options)
+    run = _prepare(Cell(model, dataset, data, tuple(settings or ()), out), protocol, seed, limit, manifest, options)
+    sample_run(run, options)
     if rank() == 0:
-        print(f"{len(job.manifest)} clips of {job.model.name} lie in {job.directory.path / 'clips'}")
+        print(f"{len(run.cases)} clips of {run.name} are in {run.directory.path / 'clips'}")
 
 
 def score(
@@ -143,42 +142,42 @@ def score(
 ) -> None:
     """Score a run again, or a folder of videos against a folder of real ones."""
     options = run_options(device, None, 1, download)
-    from dcbench import planning
-    from dcbench import run as runner
+    from dcbench.runs import planning
+    from dcbench.runs.scoring import score as score_run
 
     if (generated / "plan.json").is_file():
         if reference:
-            raise UserError(f"{generated} is a run: its reference clips are those of its plan; leave out --reference")
-        job = planning.reopen(generated, data)
-        runner.score(job, options, names(metrics))
-        _report([generated], job.directory.report)
+            raise UserError(f"{generated} is a run, and its plan names the reference clips; leave out --reference")
+        run = planning.reopen(generated, data)
+        score_run(run, options, names(metrics))
+        _report([generated], run.directory.report)
         return
     if reference is None:
         raise UserError(
-            f"{generated} is no run directory (it has no plan.json). To score a folder of videos give --reference "
+            f"{generated} is not a run directory (it has no plan.json). For a folder of videos, give --reference "
             f"FOLDER, or compare with a dataset: dcbench run --model {generated} --dataset ucf101"
         )
-    from dcbench.folders import score_folders
+    from dcbench.runs.folders import score_folders
 
     directory = score_folders(generated, reference, protocol, options, names(metrics), out)
     _report([directory], directory / "report")
 
 
-def _print_plan(job: "Job") -> None:
-    lost = [entry for entry in job.plan.excluded if entry.rule == "unreadable"]
-    short = len(job.plan.excluded) - len(lost)
-    first = job.manifest[0]
-    print(f"model        {job.model.name}: {job.model.title}")
-    print(f"dataset      {job.plan.dataset['name']}, split {job.protocol.split}")
-    print(f"protocol     {job.protocol.name} version {job.protocol.version}, fingerprint {job.plan.fingerprint}")
-    print(f"clips        {len(job.manifest)} of {job.protocol.num_frames} frames at stride {job.protocol.frame_stride}")
+def _print_plan(run: "Run") -> None:
+    lost = [entry for entry in run.plan.excluded if entry.rule == "unreadable"]
+    short = len(run.plan.excluded) - len(lost)
+    first = run.cases[0]
+    print(f"model        {run.name}: {run.plan.model['title']}")
+    print(f"dataset      {run.plan.dataset['name']}, split {run.protocol.split}")
+    print(f"protocol     {run.protocol.name} version {run.protocol.version}, fingerprint {run.plan.fingerprint}")
+    print(f"clips        {len(run.cases)} of {run.protocol.num_frames} frames at stride {run.protocol.frame_stride}")
     print(f"left out     {short} too short, {len(lost)} unreadable")
     print(f"first clip   {first.id}: frames {first.frames[0]}-{first.frames[-1]} of {first.video}, '{first.prompt}'")
-    print(f"would go to  {job.directory.path}")
+    print(f"would go to  {run.directory.path}")
 
 
 def _report(runs: list[Path], to: Path) -> None:
-    """Write the report and print its table; one closing line says where things lie."""
+    """Write the report. Print its table and the paths of report and record."""
     from dcbench.reports import write_report
 
     text = write_report(runs, to)
@@ -188,17 +187,20 @@ def _report(runs: list[Path], to: Path) -> None:
 
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run directories, or record.json files.")],
-    out: Annotated[Path, typer.Option("--out", help="Where tables and figures go.")] = Path("reports/latest"),
-    compare: Annotated[bool, typer.Option("--compare", help="Test two runs on one manifest, clip by clip.")] = False,
+    out: Annotated[Path, typer.Option("--out", help="Folder for tables and figures.")] = Path("reports/latest"),
+    compare: Annotated[bool, typer.Option("--compare", help="Test two runs of one manifest, clip by clip.")] = False,
+    metrics: Annotated[
+        str | None, typer.Option("--metrics", help="With --compare: your own metric cards that scored the runs.")
+    ] = None,
 ) -> None:
-    """Merge runs into one table (Markdown, LaTeX, CSV, HTML) beside the published numbers.
+    """Merge runs into one table (Markdown, LaTeX, CSV, HTML) with the published numbers.
 
-    Folders of ablation suites get their own table and curves again, in place.
+    For folders of ablation suites, their table and curves are written again, in place.
     """
     suites = [path for path in runs if (path / "suite.json").is_file()]
     if suites:
         if len(suites) < len(runs):
-            raise UserError("suites and runs in one report: give the folders of suites alone")
+            raise UserError("a report cannot mix suites and runs; give only the folders of suites")
         from dcbench.analysis.ablation import rebuild
 
         for path in suites:
@@ -207,13 +209,14 @@ def report(
     if compare:
         if len(runs) != 2:
             raise UserError(f"--compare takes two runs; {len(runs)} were given")
-        from dcbench.analysis import compare as comparing
-        from dcbench.record import write_text
+        from dcbench.analysis.compare import compare_runs, to_json, to_markdown
+        from dcbench.files import write_text
 
-        found, adjusted = comparing.compare_runs(runs[0], runs[1], run_options("auto", None, 1, download=False))
-        text = comparing.to_markdown(found, adjusted, [path.name for path in runs])
+        options = run_options("auto", None, 1, download=False)
+        compared = compare_runs(runs[0], runs[1], options, names(metrics) or ())
+        text = to_markdown(compared, [path.name for path in runs])
         write_text(out / "compare.md", text)
-        write_text(out / "compare.json", comparing.to_json(found, adjusted))
+        write_text(out / "compare.json", to_json(compared))
         print(f"{text}\nreport: {out}")
         return
     _report(runs, out)
@@ -221,9 +224,9 @@ def report(
 
 def list_(
     kind: Annotated[str, typer.Argument(help="models, datasets, metrics or protocols")],
-    as_json: Annotated[bool, typer.Option("--json", help="All facts, for programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="All fields, for programs.")] = False,
 ) -> None:
-    """What dcbench knows: models, datasets, metrics, protocols."""
+    """List the known models, datasets, metrics or protocols."""
     from dcbench.catalogue import cards
     from dcbench.errors import near_match
     from dcbench.protocol import protocols
@@ -241,4 +244,4 @@ def list_(
         mark = " " if getattr(card, "available", True) else "-"
         print(f"{mark} {name:<{width}}  {card.title}: {' '.join(card.summary.split())}")
     if any(not getattr(card, "available", True) for card in found.values()):
-        print("\n- = not available here yet; its published numbers stand in reports")
+        print("\n- = not available yet; reports show its published numbers")

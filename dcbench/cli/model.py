@@ -14,34 +14,34 @@ def animate(
     prompt: Annotated[str, typer.Argument(help="What happens in the video.")] = "",
     out: Annotated[Path, typer.Option("--out", help="The video: .mp4, .gif or .webm.")] = Path("animation.mp4"),
     model: Model = "dynamicrafter",
-    end_image: Annotated[Path | None, typer.Option("--end-image", help="The last frame: fill in between.")] = None,
-    loop: Annotated[bool, typer.Option("--loop", help="End where the video began.")] = False,
+    end_image: Annotated[Path | None, typer.Option("--end-image", help="The last frame of the video.")] = None,
+    loop: Annotated[bool, typer.Option("--loop", help="Make a loop: end with the first frame.")] = False,
     story: Annotated[Path | None, typer.Option("--story", help="A YAML file of scenes, joined into one video.")] = None,
-    num: Annotated[int, typer.Option("--num", help="So many videos, each from its own noise.")] = 1,
+    num: Annotated[int, typer.Option("--num", help="Number of videos, each with its own noise.")] = 1,
     seed: Seed = 123,
-    fps: Annotated[float | None, typer.Option("--fps", help="The speed of playing.")] = None,
+    fps: Annotated[float | None, typer.Option("--fps", help="Frames per second of the video.")] = None,
     motion: Annotated[
-        int | None, typer.Option("--motion", help="The model's own condition: frame stride (256) or fps (others).")
+        int | None, typer.Option("--motion", help="The model's motion condition: frame stride (256) or fps (others).")
     ] = None,
     settings: Settings = None,
     device: Device = "auto",
     dtype: Dtype = None,
     download: Download = False,
 ) -> None:
-    """Animate a picture by a prompt; fill in between two pictures; loop; tell a story."""
+    """Animate a picture by a prompt, fill in between two pictures, make a loop, or join the scenes of a story."""
+    from dcbench import animate
     from dcbench.catalogue import find_model, with_overrides
-    from dcbench.models.dynamicrafter import apps
 
     runtime = run_options(device, dtype, 1, download).runtime()
     card = with_overrides(find_model(model), settings or [])
     if story is not None:
         if image is not None or end_image is not None or loop or num != 1:
-            raise UserError("--story names its own pictures: leave out the image, --end-image, --loop and --num")
-        paths = [apps.tell(card, story, out, runtime=runtime, seed=seed, fps=fps, motion=motion)]
+            raise UserError("with --story, leave out the image, --end-image, --loop and --num")
+        paths = [animate.tell(card, story, out, runtime=runtime, seed=seed, fps=fps, motion=motion)]
     elif image is None:
         raise UserError('give a picture and a prompt: dcbench animate photo.png "a boat sails" --out boat.mp4')
     else:
-        paths = apps.animate(
+        paths = animate.animate(
             card,
             image,
             prompt,
@@ -51,7 +51,7 @@ def animate(
             loop=loop,
             seed=seed,
             num=num,
-            fps=apps.FPS if fps is None else fps,
+            fps=animate.FPS if fps is None else fps,
             motion=motion,
         )
     print("\n".join(str(path) for path in paths))
@@ -63,13 +63,11 @@ def train(
     data: Data = None,
     stage: Annotated[list[str] | None, typer.Option("--stage", help="Only this stage; repeatable.")] = None,
     device: Device = "auto",
-    stop_after: Annotated[
-        float | None, typer.Option("--stop-after", help="Seconds; the same command continues.")
-    ] = None,
+    stop_after: Annotated[float | None, typer.Option("--stop-after", help="Stop after this many seconds.")] = None,
 ) -> None:
-    """Train the stages of a recipe. The same command continues a stopped training; torchrun spreads it over GPUs."""
+    """Train the stages of a recipe. The same command continues a stopped training. Use torchrun for several GPUs."""
+    from dcbench.training import run
     from dcbench.training.recipe import find_recipe
-    from dcbench.training.run import run
 
     found = find_recipe(recipe)
     folder = out or Path("runs") / f"train-{found.name}"
@@ -78,6 +76,6 @@ def train(
         values = "  ".join(f"{key} {value:.4g}" for key, value in line.items() if key != "step")
         print(f"{name} {step}/{steps}  {values}", flush=True)
 
-    finished = run(found, folder, data, tuple(stage) if stage else None, device, stop_after, show)
+    finished = run.train(found, folder, data, tuple(stage) if stage else None, device, stop_after, show)
     state = "finished" if finished else "stopped; the same command continues it"
     print(f"{state}: {folder} (weights, logs and loss.png)")

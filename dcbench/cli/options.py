@@ -1,4 +1,4 @@
-"""The options that several commands share, and what they become."""
+"""The options that several commands share, and how they are read."""
 
 import os
 from pathlib import Path
@@ -9,39 +9,39 @@ import typer
 from dcbench.errors import UserError
 
 if TYPE_CHECKING:
-    from dcbench.run import Options
+    from dcbench.runs.sampling import Options
 
 MODEL_HELP = "A name, alias, card.toml, file.py:Class or folder of clips."
 Model = Annotated[str, typer.Option("--model", help=MODEL_HELP)]
 DatasetName = Annotated[str, typer.Option("--dataset", help="A name, alias or card.toml.")]
-Models = Annotated[list[str], typer.Option("--model", help=f"{MODEL_HELP} Several: a grid.")]
-Datasets = Annotated[list[str], typer.Option("--dataset", help="A name, alias or card.toml. Several: a grid.")]
+Models = Annotated[list[str], typer.Option("--model", help=f"{MODEL_HELP} Repeat it for a grid.")]
+Datasets = Annotated[list[str], typer.Option("--dataset", help="A name, alias or card.toml. Repeat it for a grid.")]
 Roots = Annotated[
-    list[str] | None, typer.Option("--data", help="Where the dataset's files lie; in a grid NAME=DIR for each dataset.")
+    list[str] | None, typer.Option("--data", help="Folder of the dataset's files; in a grid NAME=DIR for each dataset.")
 ]
 ProtocolName = Annotated[
     str | None, typer.Option("--protocol", help="A name or protocol.toml; default: the dataset's own.")
 ]
-Data = Annotated[Path | None, typer.Option("--data", help="Where the dataset's files lie.")]
+Data = Annotated[Path | None, typer.Option("--data", help="Folder of the dataset's files.")]
 Out = Annotated[Path | None, typer.Option("--out", help="The run directory; default: runs/<names>-<hash>.")]
-Limit = Annotated[int | None, typer.Option("--limit", help="At most so many clips.")]
-MetricNames = Annotated[str | None, typer.Option("--metrics", help="Comma-separated; default: all that are at hand.")]
+Limit = Annotated[int | None, typer.Option("--limit", help="Maximum number of clips.")]
+MetricNames = Annotated[str | None, typer.Option("--metrics", help="Comma-separated; default: all that are available.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 ...")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="Autocast dtype on a GPU: float16 or bfloat16.")]
-Batch = Annotated[int, typer.Option("--batch-size", min=1, help="Clips made at a time.")]
-Seed = Annotated[int, typer.Option("--seed", help="The run's seed; each clip has its own, derived from it.")]
-Settings = Annotated[list[str] | None, typer.Option("--set", help="Change the model's card: sampling.steps=25.")]
-Manifest = Annotated[Path | None, typer.Option("--manifest", help="Replay somebody else's manifest.jsonl.")]
+Batch = Annotated[int, typer.Option("--batch-size", min=1, help="Clips per batch.")]
+Seed = Annotated[int, typer.Option("--seed", help="The run's seed. Each clip's seed is derived from it.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="Change a card value: sampling.steps=25.")]
+Manifest = Annotated[Path | None, typer.Option("--manifest", help="Use the clips of an existing manifest.jsonl.")]
 Download = Annotated[
     bool, typer.Option("--download/--offline", help="Fetch missing weights first; otherwise nothing is downloaded.")
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
 
 
 def run_options(device: str, dtype: str | None, batch_size: int, download: bool) -> "Options":
     if not download:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's library is imported: it reads this once
-    from dcbench.run import Options
+        os.environ["HF_HUB_OFFLINE"] = "1"  # set before huggingface_hub is imported, which reads it once
+    from dcbench.runs.sampling import Options
 
     if dtype not in (None, "float16", "bfloat16", "float32"):
         raise UserError(f'--dtype "{dtype}": expected float16, bfloat16 or float32')

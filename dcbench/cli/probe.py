@@ -1,4 +1,4 @@
-"""Commands that look into a model: λ of each layer, sweeps, ablation suites."""
+"""Commands that analyse a model: λ of each layer, sweeps, ablation suites."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,10 +11,10 @@ from dcbench.errors import UserError
 if TYPE_CHECKING:
     from dcbench.analysis.suite import Suite
 
-probe = typer.Typer(no_args_is_help=True, help="Read and sweep what a DynamiCrafter has learned.")
+probe = typer.Typer(no_args_is_help=True, help="Show and sweep the learned λ of a DynamiCrafter.")
 
 SuiteOut = Annotated[Path | None, typer.Option("--out", help="Default: runs/<suite>-<model>-<dataset>.")]
-Seeds = Annotated[list[int] | None, typer.Option("--seed", help="Repeatable: each arm once a seed. Default: 123.")]
+Seeds = Annotated[list[int] | None, typer.Option("--seed", help="Repeatable: a run per arm and seed. Default: 123.")]
 
 
 def _run(
@@ -32,7 +32,7 @@ def _run(
     from dcbench.analysis.ablation import run_suite
     from dcbench.catalogue import find_dataset, find_model, with_overrides
     from dcbench.protocol import find_protocol
-    from dcbench.run import Options
+    from dcbench.runs.run import Options
 
     card, data_card = with_overrides(find_model(model), settings or []), find_dataset(dataset)
     folder = out or Path("runs") / f"{suite.name}-{card.name}-{data_card.name}"
@@ -54,7 +54,7 @@ def ablate(
     settings: Settings = None,
     device: Device = "auto",
 ) -> None:
-    """Run a suite of arms on the same clips and end in one table beside the paper's column. Resumes."""
+    """Run all arms of a suite on the same clips; print a table with the paper's numbers. The same command continues."""
     from dcbench.analysis.suite import find_suite
 
     _run(find_suite(suite), model, dataset, protocol, data, out, seed, limit, settings, device)
@@ -79,10 +79,10 @@ def probe_lambda(
     settings: Settings = None,
     device: Device = "auto",
 ) -> None:
-    """The learned λ of each layer beside the paper's Fig. 2; with --layers, the sweep as well."""
+    """Show the learned λ of each layer and the paper's Fig. 2. With --layers, also run a sweep."""
     from dcbench.analysis import lambda_probe
     from dcbench.catalogue import find_model, load_entry_point, with_overrides
-    from dcbench.run import Options
+    from dcbench.runs.run import Options
 
     card = with_overrides(find_model(model), settings or [])
     built = load_entry_point(card)(card, Options(device).runtime())

@@ -1,4 +1,4 @@
-"""Commands beside the evaluation: data, cache, doctor."""
+"""The commands data, cache and doctor."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,20 +8,21 @@ import typer
 from dcbench.errors import UserError
 
 data = typer.Typer(no_args_is_help=True, help="Make or verify a dataset's files.")
-cache = typer.Typer(no_args_is_help=True, help="The feature cache: what is in it, and how to empty it.")
-doctor = typer.Typer(invoke_without_command=True, help="What is here, what is missing, and how to get it.")
+cache = typer.Typer(no_args_is_help=True, help="List or empty the feature cache.")
+doctor = typer.Typer(invoke_without_command=True, help="Show what is installed, what is missing, and how to get it.")
 
 
 @data.command("make")
 def data_make(
     dataset: Annotated[str, typer.Argument(help="A procedural dataset: shapes.")],
     layout: Annotated[str, typer.Option("--layout", help="ucf101 or msrvtt.")],
-    videos: Annotated[int, typer.Option("--videos", help="How many; half of them for the test split.")],
+    videos: Annotated[int, typer.Option("--videos", help="Number of videos; half of them are for the test split.")],
     out: Annotated[Path | None, typer.Option("--out", help="Default: data/<layout>.")] = None,
-    size: Annotated[int | None, typer.Option("--size", help="Pixels of the square world.")] = None,
+    size: Annotated[int | None, typer.Option("--size", help="Frame size of the shapes, in pixels.")] = None,
 ) -> None:
-    """Write a procedural dataset as real video files in another dataset's official layout."""
-    from dcbench.catalogue import find_dataset, load_entry_point
+    """Write a procedural dataset as video files in the official layout of another dataset."""
+    from dcbench.catalogue import find_dataset
+    from dcbench.datasets.base import load_dataset
     from dcbench.datasets.make import make
 
     card = find_dataset(dataset)
@@ -30,32 +31,32 @@ def data_make(
             raise UserError(f"{card.name} has no option size")
         card = card.model_copy(update={"options": card.options | {"size": size}})
     target = out or Path("data") / layout
-    counts = make(load_entry_point(card)(card, None, card.options), card, layout, videos, target)
+    counts = make(load_dataset(card), card, layout, videos, target)
     parts = ", ".join(f"{count} {split}" for split, count in counts.items())
-    print(f"{parts} videos lie in {target}. Use them: dcbench run --model zoom --dataset {layout} --data {target}")
+    print(f"{parts} videos are in {target}. Use them: dcbench run --model zoom --dataset {layout} --data {target}")
 
 
 @data.command("verify")
 def data_verify(
     dataset: Annotated[str, typer.Argument(help="A name, alias or card.toml.")],
-    data: Annotated[Path | None, typer.Option("--data", help="Where its files lie.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Folder of its files.")] = None,
     split: Annotated[str | None, typer.Option("--split", help="Default: every split.")] = None,
     min_frames: Annotated[int, typer.Option("--min-frames", help="Report shorter videos.")] = 16,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Decoding processes.")] = 2,
     unusable: Annotated[
-        Path | None, typer.Option("--unusable", help="A file for the paths of videos that training must leave out.")
+        Path | None, typer.Option("--unusable", help="Write the paths of videos that training must leave out here.")
     ] = None,
 ) -> None:
-    """Decode every video and list what is broken, damaged, short, duplicated or missing. Exit code 1 if any is."""
-    from dcbench.catalogue import find_dataset, load_entry_point
-    from dcbench.datasets.base import find_root
+    """Decode every video; list broken, damaged, short, duplicated and missing ones. Exit code 1 if there are any."""
+    from dcbench.catalogue import find_dataset
+    from dcbench.datasets.base import find_root, load_dataset
     from dcbench.datasets.verify import verify
     from dcbench.errors import near_match
-    from dcbench.record import write_text
+    from dcbench.files import write_text
 
     card = find_dataset(dataset)
     root = find_root(card, data)
-    source = load_entry_point(card)(card, root, card.options)
+    source = load_dataset(card, root)
     splits = source.splits()
     if split is not None and split not in splits:
         raise UserError(f'{card.name} has no split "{split}".{near_match(split, splits)} It has: {", ".join(splits)}.')
@@ -70,7 +71,7 @@ def data_verify(
 
 @cache.command("list")
 def cache_list() -> None:
-    """What the cache holds, by extractor."""
+    """List the entries of the cache by extractor."""
     from collections import Counter
 
     from dcbench.metrics.cache import FeatureCache
@@ -90,7 +91,7 @@ def cache_list() -> None:
 def cache_prune(
     older_than: Annotated[float, typer.Option("--older-than", min=0, help="Days; 0 removes everything.")],
 ) -> None:
-    """Remove entries that are at least so many days old. They are computed again when they are needed."""
+    """Remove entries of at least this age in days. They are computed again when needed."""
     from dcbench.metrics.cache import FeatureCache
 
     count, size = FeatureCache().prune(older_than)
@@ -100,14 +101,14 @@ def cache_prune(
 @doctor.command("protocol")
 def doctor_protocol(
     run: Annotated[Path, typer.Argument(help="A finished run.")],
-    only: Annotated[list[str] | None, typer.Option("--only", help="This choice alone; repeatable.")] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=4, help="At most so many clips.")] = None,
-    i3d: Annotated[list[Path] | None, typer.Option("--i3d", help="Another file of I3D's weights; repeatable.")] = None,
+    only: Annotated[list[str] | None, typer.Option("--only", help="Only this choice; repeatable.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=4, help="Maximum number of clips.")] = None,
+    i3d: Annotated[list[Path] | None, typer.Option("--i3d", help="Another I3D weight file; repeatable.")] = None,
 ) -> None:
-    """Why two numbers differ: score the same clips under the other common choices, one at a time."""
+    """Find why two numbers differ: score the same clips with other common choices, one at a time."""
     from dcbench.analysis.sensitivity import measure
-    from dcbench.record import write_text
-    from dcbench.run import Options
+    from dcbench.files import write_text
+    from dcbench.runs.run import Options
 
     text = measure(run, Options(), only, limit, i3d or ()).markdown()
     write_text(run / "report" / "sensitivity.md", text)
@@ -116,7 +117,7 @@ def doctor_protocol(
 
 @doctor.callback()
 def doctor_overview(context: typer.Context) -> None:
-    """What is here, what is missing, and how to get it."""
+    """Show what is installed, what is missing, and how to get it."""
     if context.invoked_subcommand is not None:
         return
     import importlib.util
@@ -126,9 +127,9 @@ def doctor_overview(context: typer.Context) -> None:
 
     from dcbench.catalogue import DatasetCard, MetricCard, cards, load_entry_point
     from dcbench.datasets.base import find_root
+    from dcbench.files import cache_dir
     from dcbench.models.base import Runtime
     from dcbench.video import has_decord
-    from dcbench.weights import cache_dir
 
     os.environ["HF_HUB_OFFLINE"] = "1"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"

@@ -1,4 +1,4 @@
-"""`dcbench weights`: what each model and metric needs, with size and licence; fetched, and verified."""
+"""`dcbench weights`: list, fetch and verify the weight files of models and metrics."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ Name = Annotated[str, typer.Argument(help="A model or a metric.")]
 
 
 def _find(name: str) -> Any:
-    """A card that may have weights: of a model, else of a metric."""
+    """The card of a metric, or else of a model. UserError if it has no weights."""
     metrics = {known for card in cards("metrics").values() for known in (card.name, *card.aliases)}
     card = find_metric(name) if name.lower() in metrics else find_model(name)
     if not card.weights:
@@ -23,12 +23,12 @@ def _find(name: str) -> Any:
 
 
 def _is_repository(source: WeightSource) -> bool:
-    """A whole repository of the hub (a diffusers pipeline), not one file."""
+    """Whether it is a whole repository of the hub (a diffusers pipeline), not one file."""
     return bool(source.repository) and not source.file
 
 
 def _place(source: WeightSource) -> Path | None:
-    """Where the weights lie, if they are here; of a repository, at least a part of it."""
+    """The local path of the weights, or None. A repository may be only partly downloaded."""
     if not _is_repository(source):
         from dcbench.weights import find
 
@@ -44,7 +44,7 @@ def _place(source: WeightSource) -> Path | None:
 
 @weights.command("list")
 def list_() -> None:
-    """Every weight file: its size, its licence, and whether it is here."""
+    """List every weight file: its size, its licence, and whether it is here."""
     from dcbench.weights import human_size, weights_dir
 
     needed: dict[str, list[str]] = {}
@@ -58,25 +58,25 @@ def list_() -> None:
     for name, source in sources.items():
         if source.repository or source.url:
             here = "here     " if _place(source) else "missing  "
-        else:  # comes another way, which `source.how` says; `doctor` looks there
+        else:  # cannot be fetched: see `source.how`; `doctor` looks for it
             here = "here     " if _place(source) else "elsewhere"
         terms = f"{source.licence or 'licence not stated'}{', gated' if source.gated else ''}"
         print(f"{here}  {name:<{width}}  {human_size(source.size):>12}  {terms}  [{', '.join(needed[name])}]")
-    print("\nelsewhere = not fetched from here: `dcbench weights fetch NAME` says how, `dcbench doctor` if it is found")
+    print("\nelsewhere = cannot be fetched: `dcbench weights fetch NAME` says how, `dcbench doctor` if it is here")
     print(f"files: {weights_dir()}   repositories: the hub's cache (HF_HOME)")
 
 
 @weights.command("fetch")
 def fetch(
     name: Name,
-    to: Annotated[Path | None, typer.Option("--to", help="A folder to put them in, to carry them elsewhere.")] = None,
+    to: Annotated[Path | None, typer.Option("--to", help="Fetch to this folder, to copy it elsewhere.")] = None,
     offline: Annotated[
-        bool, typer.Option("--offline", help="Only say what would be fetched, and what is here.")
+        bool, typer.Option("--offline", help="Fetch nothing: only show what is needed and what is here.")
     ] = False,
 ) -> None:
-    """Download what a model or a metric needs. Size and licence are shown first; a partial download continues."""
+    """Download the weights of a model or metric. Shows size and licence first. A partial download continues."""
     if offline:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's library is imported: it reads this once
+        os.environ["HF_HUB_OFFLINE"] = "1"  # set before huggingface_hub is imported, which reads it once
     from dcbench import weights as store
 
     card = _find(name)
@@ -98,7 +98,8 @@ def fetch(
 @weights.command("verify")
 def verify(name: Name) -> None:
     """Check files against their published SHA-256. Exit code 1 if one is wrong or missing."""
-    from dcbench.weights import human_size, sha256_file
+    from dcbench.files import sha256_file
+    from dcbench.weights import human_size
 
     card, wrong = _find(name), False
     for source in card.weights:
