@@ -1,8 +1,8 @@
 """The plain form of the U-Net: the same weights and mathematics, computed as the released code does it.
 
 Contiguous activations, attention by einsum with all scores in memory, three-dimensional temporal convolutions, the
-context repeated for every frame, one forward for each branch of guidance. What the speed of `UNet` is measured against,
-and an independent second implementation to check its output with.
+context repeated for every frame, one forward for each branch of guidance. It is the baseline for the speed of `UNet`,
+and an independent implementation to check its output.
 """
 
 import torch

@@ -1,10 +1,10 @@
-"""One guided DDIM step of the mid-size U-Net: the plain form against all savings, and each saving left out.
+"""One guided DDIM step of the mid-size U-Net: the plain form, all savings, and all savings but one.
 
     OMP_NUM_THREADS=1 python benchmarks/dynamicrafter_step.py [--rounds 5] [--full]
 
-Mid size: 128 channels x [1, 2, 4], context 512, 16 frames of 16x16 latents, guidance with two branches. Everything is
-interleaved in one process; the least CPU time of all rounds counts, because a shared machine only ever adds. `--full`
-runs one forward of the 256 model's U-Net instead (random weights, 8 GB).
+Mid size: 128 channels x [1, 2, 4], context 512, 16 frames of 16x16 latents, guidance with two branches. The variants
+take turns in one process. The least CPU time of all rounds counts, because other load on the machine only adds time.
+`--full` runs one forward of the 256 model's U-Net instead (random weights, 8 GB).
 """
 
 import argparse
@@ -30,9 +30,8 @@ from dcbench.models.dynamicrafter.attention import FeedForward
 from dcbench.models.dynamicrafter.autoencoder import Autoencoder
 from dcbench.models.dynamicrafter.config import VARIANTS, AutoencoderConfig, UNetConfig
 from dcbench.models.dynamicrafter.unet import TemporalConv, UNet
-from dcbench.models.dynamicrafter.winograd import FrameConv
 
-STEPS = 50  # over which the keys and values of a context are shared
+STEPS = 50  # sampling steps that share the keys and values of a context
 
 
 def build(cfg: UNetConfig) -> UNet:
@@ -67,7 +66,7 @@ def three_dimensional(self: TemporalConv, x: Tensor, frames: int) -> Tensor:
 
 
 def least(runs: dict[str, Callable[[], Tensor]], rounds: int) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """The least CPU seconds of each, interleaved; and what each returned."""
+    """The least CPU seconds of each run over all rounds, and its output."""
     seconds, outputs = dict.fromkeys(runs, float("inf")), {}
     for _ in range(rounds):
         for name, run in runs.items():
@@ -101,8 +100,7 @@ def step(rounds: int) -> int:
     singly = [unet.project_context(context[None], 16) for context in contexts]
 
     def plain_step() -> Tensor:
-        with changed(FrameConv, "narrowest", 1 << 40):
-            return torch.cat([plain.forward(unet, x, t, context[None], fs) for context in contexts])
+        return torch.cat([plain.forward(unet, x, t, context[None], fs) for context in contexts])
 
     def fast_step() -> Tensor:
         return unet(x, t, projected, fs)
@@ -122,7 +120,6 @@ def step(rounds: int) -> int:
         "without cached keys and values": lambda: unet(x, t, contexts, fs),
         "without 2-D temporal convolutions": without(TemporalConv, "forward", three_dimensional),
         "without feed-forward in cached blocks": without(FeedForward, "rows", 1 << 40),
-        "without Winograd convolutions": without(FrameConv, "narrowest", 1 << 40),
     }
     seconds, outputs = least(runs, rounds)
     once, _ = least({"project": lambda: unet.project_context(contexts, 16)[0][0].text_k}, rounds)
@@ -156,17 +153,14 @@ def encoder() -> None:
 def full() -> int:
     unet = build(VARIANTS["256"].unet)
     x, context = torch.randn(1, 8, 16, 32, 32), torch.randn(1, 77 + 256, 1024)
-    for name, narrowest in (("direct convolutions", 1 << 40), ("Winograd, kernels transformed in this run", 256)):
-        with changed(FrameConv, "narrowest", narrowest):
-            cpu, wall = time.process_time(), time.perf_counter()
-            out = unet(x, torch.tensor([500]), context, torch.tensor([3]))
-            cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(
-            f"256, one forward, {name}: {cpu:.1f} CPU s, {wall:.1f} s, {4903 / cpu:.0f} GFLOP/s; "
-            f"peak {memory:.1f} GiB; output finite: {bool(out.isfinite().all())}, std {float(out.std()):.3f}",
-            flush=True,
-        )
+    cpu, wall = time.process_time(), time.perf_counter()
+    out = unet(x, torch.tensor([500]), context, torch.tensor([3]))
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(
+        f"256, one forward: {cpu:.1f} CPU s, {wall:.1f} s, {4903 / cpu:.0f} GFLOP/s; "
+        f"peak {memory:.1f} GiB; output finite: {bool(out.isfinite().all())}, std {float(out.std()):.3f}"
+    )
     return 0
 
 
@@ -175,5 +169,5 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--full", action="store_true")
     given = parser.parse_args()
-    with torch.no_grad():  # not inference_mode: weights made in it cannot tell when they change
+    with torch.no_grad():
         sys.exit(full() if given.full else step(given.rounds))

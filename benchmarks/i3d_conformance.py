@@ -1,4 +1,4 @@
-"""The I3D features of real clips against the original network's, recorded in golden files.
+"""Compares I3D features of real clips with those of the original network, recorded in golden files.
 
     uv run python benchmarks/i3d_conformance.py --clips DIR --golden DIR
 

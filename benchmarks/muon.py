@@ -1,4 +1,4 @@
-"""One step of Muon for the matrices of a recipe's U-Net: PyTorch's own against dcbench's.
+"""Times one Muon step for the matrices of a recipe's U-Net: PyTorch's Muon against dcbench's.
 
     OMP_NUM_THREADS=1 python benchmarks/muon.py --recipe tiny --rounds 3
 

@@ -1,10 +1,10 @@
-"""Bias and coverage of every number with an interval, on distributions whose true distance is known.
+"""Bias of the metrics and coverage of their intervals, on distributions with a known true distance.
 
     uv run python benchmarks/planted_truth.py [--trials 100] [--dimensions 400] [--sizes 128 ...] [--pairs 16 ...]
 
-Both sides are Gaussian in the 400 dimensions of I3D's logits (or the first so many, which is far quicker), with the
-covariance of 120 recorded clips (plus 2 % of its mean variance in every direction), so that bias and spread are those
-of real FVD. The true FVD is 50.1. The tables in docs/metrics.md are this script's output.
+Both sets are Gaussian in the 400 dimensions of I3D's logits; fewer `--dimensions` are much faster. The covariance is
+that of 120 recorded clips (plus 2 % of its mean variance in every direction), so bias and spread are those of real FVD.
+The true FVD is 50.1. The tables in docs/metrics.md are this script's output.
 """
 
 import argparse
@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcbench.analysis import statistics
 from dcbench.metrics import functional as fn
+from dcbench.metrics import statistics
 
 FEATURES = Path(__file__).parents[1] / "tests" / "data" / "i3d" / "features.npz"
 TRUE_MEAN_PART, TRUE_COVARIANCE_PART = 45.0, 5.1
@@ -85,7 +85,7 @@ def set_metrics(planted: Planted, count: int, trials: int, infinity: bool) -> st
 
 
 def paired_tests(count: int, trials: int, difference: float) -> str:
-    """Per-clip values of two models: shared difficulty of the clip, own skewed noise, `difference` between them."""
+    """A row for two simulated models: shared difficulty per clip, skewed noise per model, `difference` between them."""
     rejected, covered = 0, 0
     for trial in range(trials):
         random = np.random.default_rng([count, trial])

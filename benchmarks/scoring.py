@@ -1,10 +1,10 @@
-"""Speed and memory of one scoring pass over all metrics that are at hand.
+"""Speed and memory of one scoring pass over the chosen metrics.
 
     uv run python benchmarks/scoring.py [--clips 64] [--frames 16] [--metrics fvd,kvd,motion,warp_error] [--naive]
 
-Makes a run of `zoom` on the procedural shapes, then scores it in one streaming pass without the feature cache: clips a
-second, the share of decoding and of each metric, and the resident memory after each quarter, which must not grow. With
-`--naive` the same clips go through a straightforward loop (decode all, stack, networks as PyTorch lays them out).
+Makes a run of `zoom` on the procedural shapes, then scores it in one streaming pass without the feature cache. Prints
+clips per second, the share of decoding and of each metric, and the resident memory after each quarter, which must not
+grow. With `--naive`, a simple loop scores the same clips (decode all, stack, PyTorch's default memory layout).
 """
 
 import argparse
@@ -22,17 +22,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcbench import planning, run, scoring
 from dcbench.catalogue import find_dataset, find_model
-from dcbench.metrics import i3d
+from dcbench.metrics import SetMetric, View, i3d
 from dcbench.metrics.extractors import I3DExtractor
 from dcbench.protocol import find_protocol
+from dcbench.runs import planning, sampling, scoring
+from dcbench.runs.run import Options, Run
 
-QUIET = run.Options(device="cpu", quiet=True)
+QUIET = Options(device="cpu", quiet=True)
 
 
 def resident_mb() -> float:
-    """Of this process, now; what was freed and glibc keeps for later does not count."""
+    """Resident memory of this process. Freed memory that glibc keeps is not counted."""
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -56,49 +57,38 @@ def build(names: Sequence[str]) -> scoring.Metrics:
     return scoring.build_metrics(scoring.choose_metrics(list(names)), QUIET.runtime(), explicit=True)
 
 
-def pairs_of(job: planning.Job, clock: dict[str, float]) -> list[scoring.Pair]:
-    finished = job.directory.finished_samples()
-    found = []
-    for entry in job.manifest:
-        item, row = job.items[entry.id], finished[entry.id]
-        reference = timed(clock, "decode", lambda i=item, e=entry: run.reference_clip(i, e, job.protocol)[0])
-        generated = timed(clock, "decode", lambda e=entry, r=row: run.generated_clip(job, e, r))
-        found.append(scoring.Pair(entry.id, reference, generated, entry.condition_frame, entry.prompt))
-    return found
-
-
-def streaming(job: planning.Job, names: Sequence[str]) -> tuple[float, scoring.Extracted]:
+def streaming(run: Run, names: Sequence[str]) -> float:
     clock: dict[str, float] = defaultdict(float)
-    metrics = build(names)
-    for name, metric in (metrics.sets | metrics.clips).items():  # metrics of one extractor share its features
-        name = metric.extractor.identity["name"] if name in metrics.sets else name
-        metric.extract = timed(clock, name, metric.extract)  # type: ignore[method-assign]
-    pairs = pairs_of(job, clock)
-    extracted, start = scoring.Extracted(), time.perf_counter()
-    marks = {max(1, len(pairs) * quarter // 4): quarter for quarter in (1, 2, 3, 4)}
-    memory = [resident_mb()]
-    for index, part in enumerate(scoring.extract(pairs, metrics, None), 1):
-        extracted.merge(part)
+    metrics = list(build(names).built.values())
+    for metric in metrics:  # metrics of one extractor share its features
+        name = metric.extractor.identity["name"] if isinstance(metric, SetMetric) else metric.card.name
+        metric.observe = timed(clock, name, metric.observe)  # type: ignore[method-assign]
+    run.reference = timed(clock, "decode", run.reference)  # type: ignore[method-assign]
+    run.generated = timed(clock, "decode", run.generated)  # type: ignore[method-assign]
+    start = time.perf_counter()
+    marks = {max(1, len(run.cases) * quarter // 4): quarter for quarter in (1, 2, 3, 4)}
+    memory, seen = [resident_mb()], scoring.Seen()
+    for index, part in enumerate(scoring.observe(run, metrics, None, run.cases), 1):
+        seen.merge(part)
         if index in marks:
             memory.append(resident_mb())
     seconds = time.perf_counter() - start
-    print(f"streaming: {len(pairs) / seconds:.3f} pairs/s, {seconds:.1f} s in all")
+    print(f"streaming: {len(run.cases) / seconds:.3f} pairs/s, {seconds:.1f} s in all")
     print("  resident MB before, and after each quarter: " + ", ".join(f"{value:.0f}" for value in memory))
     total = sum(clock.values())
     print(f"  {total:.1f} s of all threads together:")
     for name, value in sorted(clock.items(), key=lambda entry: -entry[1]):
         print(f"  {name:24} {value:8.1f} s  {100 * value / total:5.1f} %")
-    return seconds, extracted
+    return seconds
 
 
-def naive(job: planning.Job, names: Sequence[str]) -> float:
-    """What a script does that was written in an hour: everything in memory, one step after the other."""
+def naive(run: Run, names: Sequence[str]) -> float:
+    """A simple script: everything in memory, one step after the other."""
     start = time.perf_counter()
-    pairs = pairs_of(job, defaultdict(float))
-    real = [pair.reference() for pair in pairs if pair.reference]
-    made = [pair.generated() for pair in pairs if pair.generated]
-    metrics = build(names)
-    if metrics.sets:
+    real = [run.reference(case)[0] for case in run.cases]
+    made = [run.generated(case) for case in run.cases]
+    metrics = build(names).built.values()
+    if any(isinstance(metric, SetMetric) for metric in metrics):
         i3d.Unit3D.forward = plain_unit  # type: ignore[method-assign]
         network = I3DExtractor().network.to(memory_format=torch.contiguous_format)
         shell = I3DExtractor()
@@ -106,17 +96,17 @@ def naive(job: planning.Job, names: Sequence[str]) -> float:
             for clips in (real, made):
                 for batch in torch.stack(clips).split(8):
                     network(_contiguous(shell.prepare(batch)))
-    for metric in metrics.clips.values():
-        sides = (made, real) if "reference" in metric.card.needs else (made,)
-        for clips in sides:
-            metric.extract(clips, [clip[0] for clip in clips], [""] * len(clips))
+    for metric in (metric for metric in metrics if not isinstance(metric, SetMetric)):
+        for clip in (*made, *(real if metric.observes_reference else ())):
+            metric.observe(View(clip, clip[0], ""))
     seconds = time.perf_counter() - start
-    print(f"naive:     {len(pairs) / seconds:.3f} pairs/s, {seconds:.1f} s in all, {resident_mb():.0f} MB resident")
+    count = len(run.cases)
+    print(f"naive:     {count / seconds:.3f} pairs/s, {seconds:.1f} s in all, {resident_mb():.0f} MB resident")
     return seconds
 
 
 def plain_unit(unit: i3d.Unit3D, x: Tensor) -> Tensor:
-    """Pad, convolve, batch norm, ReLU: four steps, as the usual ports write them."""
+    """Pad, convolve, batch norm, ReLU: four steps, as in common ports."""
     totals = [
         max((-(-n // s) - 1) * s + k - n, 0) for n, k, s in zip(x.shape[2:], unit.kernel, unit.stride, strict=True)
     ]
@@ -142,17 +132,17 @@ def main() -> None:
     update |= {"datasets": {}, "frame_stride": 1}
     protocol = find_protocol("smoke").model_copy(update=update)
     with tempfile.TemporaryDirectory() as folder:
-        job = planning.plan(find_model("zoom"), find_dataset("shapes"), protocol, out=Path(folder) / "run", quiet=True)
-        if len(job.manifest) < given.clips:
-            sys.exit(f"the shapes have {len(job.manifest)} videos at most; ask for fewer clips")
-        run.sample(job, QUIET)
+        run = planning.plan(find_model("zoom"), find_dataset("shapes"), protocol, out=Path(folder) / "run", quiet=True)
+        if len(run.cases) < given.clips:
+            sys.exit(f"the shapes have {len(run.cases)} videos at most; ask for fewer clips")
+        sampling.sample(run, QUIET)
         print(
             f"{given.clips} pairs of {given.frames} frames, {given.size}x{given.size} pixels; "
             f"{torch.get_num_threads()} threads"
         )
-        seconds, _ = streaming(job, names)
+        seconds = streaming(run, names)
         if given.naive:
-            print(f"ratio: {naive(job, names) / seconds:.2f}")
+            print(f"ratio: {naive(run, names) / seconds:.2f}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How long `--help` and `list` take, beside a bare interpreter: uv run python benchmarks/startup.py"""
+"""Times `--help` and `list` against a bare interpreter: uv run python benchmarks/startup.py"""
 
 import statistics
 import subprocess

@@ -1,19 +1,17 @@
-"""Speed of training: clips a second and CPU seconds a step of each stage of a recipe, on this machine.
+"""Training speed on this machine: CPU seconds per step and clips per CPU second, for each stage of a recipe.
 
     OMP_NUM_THREADS=1 python benchmarks/training.py --recipe tiny --steps 5
 
-CPU seconds are the reliable unit on a shared machine. Weights are new; nothing is written.
+CPU seconds are the reliable unit on a shared machine. Weights are random; nothing is written.
 """
 
 import argparse
 import time
+from pathlib import Path
 
 import torch
 
-from dcbench.catalogue import find_dataset, load_entry_point
-from dcbench.datasets.base import find_root
 from dcbench.seeding import clip_seed
-from dcbench.training.data import ClipPool
 from dcbench.training.networks import build
 from dcbench.training.recipe import find_recipe
 from dcbench.training.run import make_task
@@ -23,16 +21,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="tiny")
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--data", default=None)
+    parser.add_argument("--data", type=Path, default=None)
     given = parser.parse_args()
     recipe = find_recipe(given.recipe)
     networks = build(recipe.config(), clip_seed(recipe.seed, "networks"))
-    card = find_dataset(recipe.data.dataset)
-    items = load_entry_point(card)(card, find_root(card, given.data), {**card.options, **recipe.data.options}).items(
-        "train"
-    )
-    config, data = networks.cfg, recipe.data
-    pool = ClipPool(items, config.num_frames, data.strides, config.height, config.width, data.clips, data.seed)
+    pool = recipe.data.pool(networks.cfg, given.data)
     print(f"{recipe.name}, {torch.get_num_threads()} thread(s)")
     print(f"{'stage':20} {'clips a step':>12} {'CPU s a step':>12} {'clips / CPU s':>13} {'parameters':>11}")
     for stage in recipe.stages:

@@ -1,4 +1,4 @@
-"""How idle OpenMP threads should wait: `dcbench run` of a small network under three settings, by turns.
+"""Compares three ways in which idle OpenMP threads can wait, with `dcbench run` of a small network.
 
     uv run python benchmarks/waiting.py [--clips 8] [--rounds 2]
 

@@ -1,6 +1,6 @@
 """Write the resolved versions of all dependencies into pyproject.toml's `constraint-dependencies`.
 
-`uv.lock` names the registry that it was made with and is not committed; this list says the same without it.
+`uv.lock` contains the URL of a registry, so it is not committed. This list has the same versions without the URL.
 Run after `uv lock --upgrade`:  uv run python tools/pin.py
 """
 
