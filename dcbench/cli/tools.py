@@ -129,6 +129,7 @@ def doctor_overview(context: typer.Context) -> None:
     from dcbench.datasets.base import find_root
     from dcbench.files import cache_dir
     from dcbench.models.base import Runtime
+    from dcbench.models.baselines.diffusers import INSTALL
     from dcbench.video import has_decord
 
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -136,7 +137,7 @@ def doctor_overview(context: typer.Context) -> None:
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads; cache {cache_dir()}")
     print(f"decoders: PyAV{', decord' if has_decord() else ' (decord is not installed)'}")
     diffusers = importlib.util.find_spec("diffusers") is not None
-    print(f"baselines: {'diffusers is here' if diffusers else 'pip install dcbench[baselines]'}")
+    print(f"baselines: {'diffusers is here' if diffusers else INSTALL}")
     for kind, found in (("metrics", cards("metrics")), ("datasets", cards("datasets"))):
         print(f"\n{kind}")
         for card in found.values():

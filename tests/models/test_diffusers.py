@@ -279,7 +279,7 @@ def test_faults_of_cards_and_machines_are_named(saved, tmp_path, monkeypatch):
         family.load(card, Runtime())
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "diffusers" else real(name))
-    with pytest.raises(UserError, match=r"pip install --upgrade 'dcbench\[baselines\]'"):
+    with pytest.raises(UserError, match=r"in the clone of dcbench, pip install --upgrade '\.\[baselines\]'"):
         family.load(card, Runtime())
 
 
