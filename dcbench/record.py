@@ -59,6 +59,17 @@ class Plan(Stored):
     versions: dict[str, str]
 
 
+class Replicates(Stored):
+    """A score without one block of independent clips each: its uncertainty, and that of its difference from another.
+
+    Two runs on the same clips have the same blocks, so they are compared from their records alone.
+    """
+
+    design: str  # equal for runs whose clips have the same groups (dcbench.metrics.design)
+    strata: list[list[tuple[float, float]]]  # of each block: all clips / its clips, and the value without it
+    biased: bool = False  # the value falls with the number of clips, as FVD does
+
+
 class Score(Stored):
     """One number with its interval and origin. `score_all` adds metric, extractor and fingerprint."""
 
@@ -67,6 +78,8 @@ class Score(Stored):
     ci_method: str = ""
     n_reference: int = 0
     n_generated: int = 0
+    n_groups: int | None = None  # independent source videos or inputs; None in older records
+    replicates: Replicates | None = None
     higher_is_better: bool | None = None
     metric: dict[str, Any] = {}  # its name, version and options; {} in older records
     extractor: dict[str, str] = {}

@@ -9,7 +9,7 @@ from dcbench.errors import UserError
 from dcbench.files import read_jsonl
 from dcbench.metrics.base import Metric
 from dcbench.metrics.cache import FeatureCache
-from dcbench.metrics.statistics import Comparison, compare_paired, holm
+from dcbench.metrics.statistics import Comparison, compare_paired, compare_scores, holm
 from dcbench.record import Record, Score, read_manifest, read_record
 from dcbench.reports.tables import show_value
 from dcbench.runs import planning
@@ -34,8 +34,9 @@ class Compared:
 def compare_runs(first: Path, second: Path, options: Options, metrics: Sequence[str] = ()) -> Compared:
     """Compare two runs by every metric of either. UserError if their clips differ or they have no metric in common.
 
-    Features come from the cache, or are extracted again. No clip is generated. `metrics`: your own cards that the runs
-    were scored with, if this machine does not know them.
+    Set metrics are compared from the records, if both runs lost the same clips. Otherwise the features come from the
+    cache, or are extracted again. No clip is generated. `metrics`: your own cards that the runs were scored with, if
+    this machine does not know them.
     """
     paths = (first, second)
     records = [read_record(path) for path in paths]
@@ -52,15 +53,17 @@ def compare_runs(first: Path, second: Path, options: Options, metrics: Sequence[
         if reason := _not_comparable(scores, paths):
             compared.reasons[name] = reason
             continue
-        score = records[0].scores[name]
-        compared.higher_is_better[name] = score.higher_is_better
+        one, two = (record.scores[name] for record in records)
+        compared.higher_is_better[name] = one.higher_is_better
         values = [[table[i][name]["value"] for i in groups if _has(rows, i, name, failed)] for table in rows]
         try:
             if values[0]:
                 of = [groups[i] for i in groups if _has(rows, i, name, failed)]
                 compared.found[name] = compare_paired(values[0], values[1], of)
+            elif one.replicates and two.replicates and one.replicates.design == two.replicates.design:
+                compared.found[name] = compare_scores(one, two)
             else:
-                sets[name] = metric_of(name, score, options.runtime(), given.get(name))
+                sets[name] = metric_of(name, one, options.runtime(), given.get(name))
         except UserError as error:
             compared.reasons[name] = str(error)
     _compare_sets(compared, sets, paths, failed, options)
@@ -125,22 +128,30 @@ def to_markdown(compared: Compared, names: Sequence[str]) -> str:
     adjusted = compared.adjusted
     lines = [
         f"{names[0]} minus {names[1]}, same clips\n",
-        "| metric | difference | 95 % interval | p | p (Holm) | better | N | how |",
-        "|:--|--:|:--|--:|--:|:--|--:|:--|",
+        "| metric | difference | 95 % interval | p | p (Holm) | better | detectable | N | how |",
+        "|:--|--:|:--|--:|--:|:--|--:|--:|:--|",
     ]
     for name, one in compared.found.items():
         interval = f"[{show_value(one.ci95[0])}, {show_value(one.ci95[1])}]" if one.ci95 else "–"
-        higher = compared.higher_is_better[name]
-        better = "no difference shown"
-        if adjusted[name] < 0.05:
-            better = "they differ" if higher is None else names[(one.difference > 0) != higher]
+        better = verdict(one, adjusted[name], compared.higher_is_better[name], names)
         size = f"{one.n}" if one.n == one.n_groups else f"{one.n} clips of {one.n_groups} videos"
+        how = one.method + (f"; as printed: {show_value(one.plain)}" if one.plain is not None else "")
+        least = show_value(one.detectable) if one.detectable is not None else "–"
         lines.append(
             f"| {name} | {show_value(one.difference)} | {interval} | {one.p_value:.4f} | {adjusted[name]:.4f} | "
-            f"{better} | {size} | {one.method} |"
+            f"{better} | {least} | {size} | {how} |"
         )
     lines += [f"\nNot compared: {name}: {reason}" for name, reason in compared.reasons.items()]
+    lines.append("\ndetectable: a true difference of this size is found at p < 0.05 in 80 % of such comparisons.")
     return "\n".join(lines) + "\n"
+
+
+def verdict(one: Comparison, p_value: float, higher_is_better: bool | None, names: Sequence[str]) -> str:
+    if p_value < 0.05:
+        return "they differ" if higher_is_better is None else names[(one.difference > 0) != higher_is_better]
+    if one.ci95 == (0.0, 0.0):
+        return "equal"
+    return "too few to tell" if one.is_too_small else "no difference shown"
 
 
 def to_json(compared: Compared) -> str:

@@ -296,9 +296,11 @@ def measure(
     if len(kept) < 4:
         raise UserError(f"only {len(kept)} of {len(cases)} clips of {path} can be read; at least 4 are needed")
 
+    names = {case.id: case.group or case.id for case in cases}
+
     def distances(table: Features, ids: Sequence[str]) -> tuple[float, float]:
         real, made = (torch.stack([table[i][side] for i in ids]) for side in (0, 1))
-        return fn.frechet_distance(real, made), fn.kernel_distance(real, made, kernel)
+        return fn.frechet_distance(real, made), fn.kernel_distance(real, made, kernel, groups=[names[i] for i in ids])
 
     rows, skipped = [], []
     for choice in offered:
@@ -315,7 +317,7 @@ def measure(
         rows += _fewer_clips(features, kept, distances)
         rows.append(_other_covariance(features, kept, distances))
     real, made = (torch.stack([features[i][side] for i in kept]) for side in (0, 1))
-    groups = [case.group or case.id for case in cases if case.id in features]
+    groups = [names[i] for i in kept]
     fvd, kvd = score_frechet(real, made, groups), score_kernel(real, made, groups, kernel)
     assert fvd.value is not None and kvd.value is not None
     return Sensitivity(fvd.value, fvd.ci95, kvd.value, kvd.ci95, len(kept), rows, skipped)

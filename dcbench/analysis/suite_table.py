@@ -9,28 +9,46 @@ from typing import Any
 
 from dcbench.analysis.suite import Arm, Suite
 from dcbench.files import write_text
-from dcbench.metrics.functional import mean_interval
-from dcbench.metrics.statistics import compare_paired
-from dcbench.record import Record
+from dcbench.metrics.statistics import (
+    Estimate,
+    compare_paired,
+    holm,
+    mean_interval,
+    over_seeds,
+    student_interval,
+    subtract,
+)
+from dcbench.record import Record, Replicates
 from dcbench.reports.figures import Curve, curves
 from dcbench.training.held_out import SWAPS, HeldOut
 
 Interval = tuple[float, float] | None
 
 
+@dataclass(frozen=True)
+class Point:
+    """A number of one seed. `p_value`: of 'it is 0', for a difference. `plain`: the difference with the bias of FVD."""
+
+    value: float
+    interval: Interval
+    replicates: Replicates | None = None
+    p_value: float | None = None
+    plain: float | None = None
+
+
 @dataclass
 class ArmScores:
-    """An arm's numbers: by metric, a value and its interval for each seed."""
+    """An arm's numbers: by metric, a point for each seed."""
 
     arm: Arm
-    scores: dict[str, list[tuple[float, Interval]]] = field(default_factory=dict)
-    gaps: dict[str, list[tuple[float, Interval]]] = field(default_factory=dict)  # to the baseline, on the same clips
+    scores: dict[str, list[Point]] = field(default_factory=dict)
+    gaps: dict[str, list[Point]] = field(default_factory=dict)  # differences from the baseline, on the same clips
     reasons: dict[str, str] = field(default_factory=dict)  # metrics that could not be computed
     no_gap: str = ""  # why there are no gaps
     clips: int = 0
 
-    def add(self, metric: str, value: float, interval: Interval) -> None:
-        self.scores.setdefault(metric, []).append((value, interval))
+    def add(self, metric: str, value: float, interval: Interval, replicates: Replicates | None = None) -> None:
+        self.scores.setdefault(metric, []).append(Point(value, interval, replicates))
 
     def add_scores(self, record: Record) -> None:
         """Add the scores of a finished run. Those of the data set's own metrics come last."""
@@ -40,13 +58,14 @@ class ArmScores:
             if score.value is None:
                 self.reasons[name] = score.reason or "no reason given"
             else:
-                self.add(name, score.value, score.ci95)
+                self.add(name, score.value, score.ci95, score.replicates)
         self.clips = record.n_planned
 
     def add_held_out(self, measured: HeldOut, baseline: HeldOut | None) -> None:
         """Add the losses of an arm. A swap and its interval are the growth of the loss, divided by the mean loss."""
-        half = 1.96 * measured.error
-        self.add("held_out_loss", measured.loss, (measured.loss - half, measured.loss + half))
+        clips = len(measured.sampled)  # 0 in older files: then the number of clips is not known
+        interval = student_interval(measured.loss, measured.error, clips - 1) if clips > 1 else None
+        self.add("held_out_loss", measured.loss, interval)
         for swap in SWAPS:
             growth = mean_interval(measured.growth[swap]) if measured.growth else None
             relative = (growth[0] / measured.loss, growth[1] / measured.loss) if growth else None
@@ -56,34 +75,47 @@ class ArmScores:
             self.add("first_frame_loss", mean, mean_interval(measured.sampled))
         if baseline and baseline.sampled and measured.sampled:
             gap = compare_paired(measured.sampled, baseline.sampled)
-            self.gaps.setdefault("first_frame_loss", []).append((gap.difference, gap.ci95))
+            self.gaps.setdefault("first_frame_loss", []).append(Point(gap.difference, gap.ci95, p_value=gap.p_value))
 
-    def add_gaps(self, stored: Mapping[str, Any]) -> None:
+    def add_gaps(self, stored: Mapping[str, Any], own: Record, baseline: Record) -> None:
         """Add the content of a run's gap.json: differences from the baseline's run on the same clips."""
         self.no_gap = stored["reason"]
         for name, gap in stored["gaps"].items():
-            self.gaps.setdefault(name, []).append((gap["difference"], tuple(gap["ci95"]) if gap["ci95"] else None))
+            sides = [record.scores[name].replicates if name in record.scores else None for record in (own, baseline)]
+            pair = subtract(sides[0], sides[1]) if _same_clips(sides) and sides[0] and sides[1] else None
+            interval = tuple(gap["ci95"]) if gap["ci95"] else None
+            point = Point(gap["difference"], interval, pair, gap["p_value"], gap.get("plain"))
+            self.gaps.setdefault(name, []).append(point)
 
     def add_no_difference(self) -> None:
         """Add gaps of 0, for an arm that shares the run of the baseline."""
         for name in self.scores:
-            self.gaps.setdefault(name, []).append((0.0, (0.0, 0.0)))
+            self.gaps.setdefault(name, []).append(Point(0.0, None))
 
-    def summary(self, metric: str) -> tuple[float, Interval] | None:
-        """The mean over seeds, and the interval of a single seed, or the range of the intervals of all seeds."""
-        return _span(self.scores.get(metric, []))
+    def summary(self, metric: str) -> Estimate | None:
+        """A single seed's number with its interval, or the mean over seeds with an interval for clips and seeds."""
+        return _over_seeds(self.scores.get(metric, []))
 
-    def gap(self, metric: str) -> tuple[float, Interval] | None:
+    def gap(self, metric: str) -> Estimate | None:
         """As `summary`, for the difference from the baseline."""
-        return _span(self.gaps.get(metric, []))
+        return _over_seeds(self.gaps.get(metric, []))
 
 
-def _span(found: Sequence[tuple[float, Interval]]) -> tuple[float, Interval] | None:
-    if not found:
+def _same_clips(sides: Sequence[Replicates | None]) -> bool:
+    return len({side.design if side else None for side in sides}) == 1
+
+
+def _over_seeds(points: Sequence[Point]) -> Estimate | None:
+    if not points:
         return None
-    ends = [end for value, interval in found for end in (interval or (value, value))]
-    interval = (min(ends), max(ends)) if len(found) > 1 or found[0][1] else None
-    return sum(value for value, _ in found) / len(found), interval
+    if len(points) == 1:
+        return Estimate(points[0].value, points[0].interval, points[0].p_value, "")
+    several = [point.replicates for point in points]
+    values = [point.value for point in points]
+    if all(several) and _same_clips(several):
+        values = [point.value if point.plain is None else point.plain for point in points]
+    is_gap = any(point.p_value is not None for point in points)
+    return over_seeds(values, several, without_bias=is_gap)
 
 
 def write_table(suite: Suite, rows: Sequence[ArmScores], out: Path, seeds: Sequence[int]) -> str:
@@ -97,7 +129,9 @@ def write_table(suite: Suite, rows: Sequence[ArmScores], out: Path, seeds: Seque
         cells = [show(row.summary(name)) for name in metrics]
         body.append([row.arm.name, row.arm.meaning, *cells, *(f"{row.arm.published.get(n, '')}" for n in paper)])
     text = [f"# {suite.title}", "", suite.note, ""]
-    many = "intervals span the seeds' own 95 % intervals" if len(seeds) > 1 else "95 % intervals"
+    found = [summary for row in rows for name in metrics if (summary := row.summary(name)) and summary.ci95]
+    methods = dict.fromkeys(summary.method for summary in found)
+    many = f"means over seeds; 95 % intervals {', '.join(methods)}" if len(seeds) > 1 else "95 % intervals"
     text += [f"{rows[0].clips if rows else 0} clips an arm, seeds {', '.join(map(str, seeds))}; {many}.", ""]
     text += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     text += ["| " + " | ".join(cells) + " |" for cells in body]
@@ -112,42 +146,46 @@ def write_table(suite: Suite, rows: Sequence[ArmScores], out: Path, seeds: Seque
     for row in rows:
         gaps = {f"{name}_gap": found for name, found in row.gaps.items()}
         for name, found in (row.scores | gaps).items():
-            for seed, (value, interval) in zip(seeds, found, strict=False):
-                writer.writerow([row.arm.name, row.arm.group, row.arm.x, name, seed, value, *(interval or ("", ""))])
+            for seed, point in zip(seeds, found, strict=False):
+                ends = point.interval or ("", "")
+                writer.writerow([row.arm.name, row.arm.group, row.arm.x, name, seed, point.value, *ends])
     write_text(out / "table.csv", sheet.getvalue())
     draw_curves(suite, rows, metrics, out)
     return markdown
 
 
 def _gap_table(suite: Suite, rows: Sequence[ArmScores]) -> list[str]:
-    """Each arm minus the baseline, clip by clip. Bold: the interval does not contain 0."""
+    """Each arm minus the baseline, clip by clip. Bold: told from 0 after Holm's correction for the whole table."""
     metrics = list(dict.fromkeys(name for row in rows for name in row.gaps))
+    gaps = {(row.arm.name, name): row.gap(name) for row in rows for name in row.gaps}
+    tested = {str(key): gap.p_value for key, gap in gaps.items() if gap and gap.p_value is not None}
+    adjusted = holm(tested)
     text = []
     if metrics:
         text += [
             "",
-            f"Difference from *{suite.baseline_arm}* on the same clips. Bold: the interval is on one side of 0, which"
-            " one in twenty is by chance.",
+            f"Difference from *{suite.baseline_arm}* on the same clips. Bold: p < 0.05 after Holm's correction for the"
+            f" {len(tested)} differences of this table.",
             "",
             "| arm | " + " | ".join(metrics) + " |",
             "|" + "---|" * (len(metrics) + 1),
         ]
     for row in rows:
         if row.gaps:
-            text.append(f"| {row.arm.name} | " + " | ".join(_bold(row.gap(name)) for name in metrics) + " |")
+            cells = [_bold(gaps.get((row.arm.name, name)), adjusted.get(str((row.arm.name, name)))) for name in metrics]
+            text.append(f"| {row.arm.name} | " + " | ".join(cells) + " |")
     return text + [f"\nNot compared: {row.arm.name}: {row.no_gap}" for row in rows if row.no_gap]
 
 
-def _bold(gap: tuple[float, Interval] | None) -> str:
-    beyond = gap is not None and gap[1] is not None and (gap[1][0] > 0 or gap[1][1] < 0)
-    return f"**{show(gap)}**" if beyond else show(gap)
+def _bold(gap: Estimate | None, adjusted: float | None) -> str:
+    return f"**{show(gap)}**" if adjusted is not None and adjusted < 0.05 else show(gap)
 
 
-def show(summary: tuple[float, Interval] | None) -> str:
+def show(summary: Estimate | None) -> str:
     if summary is None:
         return ""
-    value, interval = summary
-    return f"{value:.4g}" + (f" [{interval[0]:.3g}, {interval[1]:.3g}]" if interval else "")
+    interval = summary.ci95
+    return f"{summary.value:.4g}" + (f" [{interval[0]:.3g}, {interval[1]:.3g}]" if interval else "")
 
 
 def draw_curves(suite: Suite, rows: Sequence[ArmScores], metrics: Sequence[str], out: Path) -> None:
@@ -159,7 +197,9 @@ def draw_curves(suite: Suite, rows: Sequence[ArmScores], metrics: Sequence[str],
     for metric in metrics:
         lines: dict[str, Curve] = {}
         for group, members in groups.items():
-            points = [(row.arm.x, *s) for row in members if row.arm.x is not None and (s := row.summary(metric))]
+            points = [
+                (row.arm.x, s.value, s.ci95) for row in members if row.arm.x is not None and (s := row.summary(metric))
+            ]
             if len(points) < 2:
                 continue
             band = [interval or (value, value) for _, value, interval in points]

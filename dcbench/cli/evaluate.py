@@ -134,6 +134,10 @@ def score(
     generated: Annotated[Path, typer.Argument(help="A run directory, or any folder of generated videos.")],
     reference: Annotated[Path | None, typer.Option("--reference", help="A folder of real videos.")] = None,
     protocol: Annotated[str, typer.Option("--protocol", help="How both folders are read.")] = "folders",
+    groups: Annotated[
+        Path | None,
+        typer.Option("--groups", help="CSV (file, group): source video or input image of each video of both folders."),
+    ] = None,
     data: Data = None,
     out: Out = None,
     metrics: MetricNames = None,
@@ -148,6 +152,8 @@ def score(
     if (generated / "plan.json").is_file():
         if reference:
             raise UserError(f"{generated} is a run, and its plan names the reference clips; leave out --reference")
+        if groups:
+            raise UserError(f"{generated} is a run, and its manifest names the groups; leave out --groups")
         run = planning.reopen(generated, data)
         score_run(run, options, names(metrics))
         _report([generated], run.directory.report)
@@ -159,7 +165,7 @@ def score(
         )
     from dcbench.runs.folders import score_folders
 
-    directory = score_folders(generated, reference, protocol, options, names(metrics), out)
+    directory = score_folders(generated, reference, protocol, options, names(metrics), out, groups)
     _report([directory], directory / "report")
 
 

@@ -1,4 +1,4 @@
-"""A folder of videos, with its subfolders. Captions come from an optional CSV or JSONL file."""
+"""A folder of videos, with its subfolders. Captions and groups come from optional CSV, TSV or JSONL files."""
 
 import csv
 import hashlib
@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from dcbench.video import SUFFIXES, VideoFile
 
 SPLITS = ("all", "train", "val", "test")
 CAPTION_FILES = ("captions.csv", "captions.jsonl")
+GROUP_FILES = ("groups.csv", "groups.jsonl")
 UNSAFE = re.compile(r'[\x00-\x1f\\:*?"<>|]')
 
 
@@ -62,12 +63,14 @@ def make_ids(paths: list[str]) -> dict[str, str]:
 class Folder:
     """A folder of videos. Subfolders train, val and test are splits; a split without its subfolder is all videos."""
 
-    def __init__(self, root: Path, captions: str = ""):
+    def __init__(self, root: Path, captions: str = "", groups: str = ""):
+        """`captions`, `groups`: files; "": captions.csv and groups.csv (or .jsonl) in the folder, if they exist."""
         self.root = root
         self.ids = make_ids(find_videos(root))
         if not self.ids:
             raise UserError(f"{root} holds no video; looked for {', '.join(SUFFIXES)}, in subfolders too")
-        self.captions = self._read_captions(captions)
+        self.captions = self._read_table(captions, "caption", CAPTION_FILES)
+        self.groups = self._read_table(groups, "group", GROUP_FILES)
 
     def splits(self) -> tuple[str, ...]:
         return SPLITS
@@ -77,64 +80,75 @@ class Folder:
             raise UserError(f"folder: split {split!r}, expected one of {', '.join(SPLITS)}.{near_match(split, SPLITS)}")
         inside = [path for path in self.ids if path.startswith(f"{split}/")] or list(self.ids)
         items = [
-            Item(self.ids[path], VideoFile(self.root / path), path, tuple(self.captions.get(path, ())), split)
+            Item(
+                self.ids[path],
+                VideoFile(self.root / path),
+                path,
+                tuple(self.captions.get(path, ())),
+                split,
+                group=self.groups.get(path, [None])[0],
+            )
             for path in inside
         ]
         return sorted(items, key=lambda item: item.id)
 
-    def _read_captions(self, given: str) -> dict[str, list[str]]:
-        """Captions by relative path. A row names a file with or without its suffix, or by its id."""
-        file = self._find_captions(given)
+    def _read_table(self, given: str, column: str, usual: Sequence[str]) -> dict[str, list[str]]:
+        """The texts of a column by relative path. A row names a file with or without its suffix, or by its id."""
+        file = self._find_table(given, column, usual)
         if file is None:
             return {}
         names = {name: path for path in self.ids for name in (path.rsplit(".", 1)[0], self.ids[path], path)}
-        captions: dict[str, list[str]] = {}
-        rows = list(_csv_rows(file) if file.suffix.lower() in (".csv", ".tsv") else _jsonl_rows(file))
+        found: dict[str, list[str]] = {}
+        is_table = file.suffix.lower() in (".csv", ".tsv")
+        rows = list(_csv_rows(file, column) if is_table else _jsonl_rows(file, column))
         for name, texts in rows:
             path = names.get(name.replace("\\", "/").removeprefix("./"))
             if path is not None:
-                captions.setdefault(path, []).extend(text for text in texts if text)
-        if rows and not captions:
+                found.setdefault(path, []).extend(text for text in texts if text)
+        found = {path: texts for path, texts in found.items() if texts}
+        if rows and not found:
             raise UserError(
                 f"{file}: none of its {len(rows)} rows names a video of {self.root}. The first row names "
                 f"{rows[0][0]!r}; a file there is {next(iter(self.ids))!r}"
             )
-        return captions
+        if column == "group" and (double := [path for path, texts in found.items() if len(set(texts)) > 1]):
+            raise UserError(f"{file}: {double[0]} is in two groups, {', '.join(sorted(set(found[double[0]])))}")
+        return found
 
-    def _find_captions(self, given: str) -> Path | None:
+    def _find_table(self, given: str, column: str, usual: Sequence[str]) -> Path | None:
         if given:
             for path in (Path(given).expanduser(), self.root / given):
                 if path.is_file():
                     return path
-            raise UserError(f"folder: captions = {given!r} is no file, neither as given nor in {self.root}")
-        return next((self.root / name for name in CAPTION_FILES if (self.root / name).is_file()), None)
+            raise UserError(f"folder: {column}s = {given!r} is no file, neither as given nor in {self.root}")
+        return next((self.root / name for name in usual if (self.root / name).is_file()), None)
 
 
-def _csv_rows(file: Path) -> Iterator[tuple[str, list[str]]]:
+def _csv_rows(file: Path, column: str) -> Iterator[tuple[str, list[str]]]:
     with open_text(file) as lines:
         rows = csv.DictReader(lines, delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
-        if not {"file", "caption"} <= set(rows.fieldnames or ()):
+        if not {"file", column} <= set(rows.fieldnames or ()):
             raise UserError(
-                f"{file} has the columns {', '.join(rows.fieldnames or ()) or 'none'}; expected file, caption"
+                f"{file} has the columns {', '.join(rows.fieldnames or ()) or 'none'}; expected file, {column}"
             )
         for row in rows:
-            yield (row["file"] or "").strip(), [(row["caption"] or "").strip()]
+            yield (row["file"] or "").strip(), [(row[column] or "").strip()]
 
 
-def _jsonl_rows(file: Path) -> Iterator[tuple[str, list[str]]]:
+def _jsonl_rows(file: Path, column: str) -> Iterator[tuple[str, list[str]]]:
     for number, line in enumerate(read_lines(file), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            captions = row["caption"]
-            yield str(row["file"]), [str(c).strip() for c in ([captions] if isinstance(captions, str) else captions)]
+            texts = row[column]
+            yield str(row["file"]), [str(text).strip() for text in ([texts] if isinstance(texts, str) else texts)]
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f'{file}, line {number}: expected {{"file": ..., "caption": ...}} ({error!r})') from error
+            raise UserError(f'{file}, line {number}: expected {{"file": ..., "{column}": ...}} ({error!r})') from error
 
 
 def load_folder(card: DatasetCard, root: Path | None, options: Mapping[str, Any]) -> Folder:
     """Entry point of the card `folder`."""
     if root is None:
         raise UserError("folder needs its files: give --data DIR")
-    return Folder(root, options["captions"])
+    return Folder(root, options["captions"], options.get("groups", ""))

@@ -1,5 +1,6 @@
 """The base classes of metrics: their inputs from a case, their identity, their observations and their score."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,11 +14,23 @@ from dcbench.catalogue import MetricCard, source_sha256
 from dcbench.clips import check_clip
 from dcbench.errors import UserError
 from dcbench.files import digest
-from dcbench.metrics.functional import mean_interval
-from dcbench.metrics.statistics import Comparison, compare_paired, compare_sets
-from dcbench.record import Score
+from dcbench.metrics import functional as fn
+from dcbench.metrics.design import Design, DesignedStatistic, Groups, codes, replicates
+from dcbench.metrics.statistics import (
+    FEW_GROUPS,
+    Comparison,
+    compare_paired,
+    compare_scores,
+    jackknife,
+    mean_interval,
+    mean_replicates,
+    share_interval,
+    student_interval,
+)
+from dcbench.record import Replicates, Score
 
 NO_INTERVAL = "none: fewer than 3 independent clips"
+NO_SPREAD = "none: the value is the same without any part of the clips"
 
 
 NEEDED = {
@@ -54,7 +67,15 @@ class Observations:
 
     generated: list[Any]
     reference: list[Any] = field(default_factory=list)
-    groups: list[str] | None = None  # the source video of each generated clip, for the interval
+    groups: list[str] | None = None  # of each generated clip: its source video or input. None: all are independent
+    reference_groups: list[str] | None = None  # of each reference clip; None: the list `groups`
+
+    @property
+    def design(self) -> Design | None:
+        """Which of these clips depend on each other. None: not known, so all are taken as independent."""
+        if self.groups is None:
+            return None
+        return Design.of(self.groups if self.reference_groups is None else self.reference_groups, self.groups)
 
 
 class HasIdentity(Protocol):
@@ -114,7 +135,7 @@ class Metric:
     columns in tables, and of comparisons, so your own metric needs no code for these.
     """
 
-    version: ClassVar[int] = 1  # increase it when the code gives other numbers
+    version: int = 1  # increase it when the code gives other numbers
     extractor_options: ClassVar[tuple[str, ...]] = ()  # options that the identity of dcbench's extractor covers
     in_workers: ClassVar[bool] = False  # `observe` may run in several threads at once
 
@@ -166,6 +187,7 @@ class SetMetric(Metric):
     extractor: FeatureExtractor
     extractor_options = ("preprocessing",)
     in_workers = True
+    biased: bool = False  # True: the value falls with the number of clips, and comparisons remove that bias
 
     @property
     def observes_reference(self) -> bool:
@@ -187,9 +209,22 @@ class SetMetric(Metric):
         """Features [n d] and [m d] -> the value alone, without its interval."""
         raise NotImplementedError
 
+    def designed_statistic(self, real: Tensor, generated: Tensor, design: Design) -> float:
+        """`statistic`, for metrics that need to know which clips depend on each other."""
+        return self.statistic(real, generated)
+
+    def score(self, seen: Observations) -> Score:
+        """The value with its jackknife interval."""
+        real, generated = torch.stack(seen.reference), torch.stack(seen.generated)
+        return score_statistic(self.designed_statistic, real, generated, seen.design, biased=self.biased)
+
     def difference(self, first: Observations, second: Observations) -> Comparison:
-        real, a, b = (torch.stack(rows).double() for rows in (first.reference, first.generated, second.generated))
-        return compare_sets(self.statistic, real, a, b, first.groups)
+        """UserError if the clips of the two have other groups."""
+        scores = []
+        for seen in (first, second):
+            real, generated = torch.stack(seen.reference), torch.stack(seen.generated)
+            scores.append(score_statistic(self.designed_statistic, real, generated, seen.design, biased=self.biased))
+        return compare_scores(*scores)
 
 
 class ClipMetric(Metric):
@@ -214,7 +249,7 @@ class ClipMetric(Metric):
 
 
 def score_values(values: Sequence[dict[str, Any]], groups: Sequence[str] | None = None, n_reference: int = 0) -> Score:
-    """Mean of "value" over clips, with a BCa interval over source videos. `details` has the means of other numbers."""
+    """Mean of "value" over clips, with its interval over groups. `details` has the means of other numbers."""
     if not values:
         raise UserError("no clips to average over")
     numbers = [float(value["value"]) for value in values]
@@ -222,24 +257,85 @@ def score_values(values: Sequence[dict[str, Any]], groups: Sequence[str] | None 
         bad = int(np.flatnonzero(~np.isfinite(numbers))[0])
         raise UserError(f"the value of clip {bad} is {numbers[bad]}; expected a finite number")
     interval = mean_interval(numbers, groups)
+    n_groups = len(set(groups)) if groups is not None else len(numbers)
+    method = "Student's t" if n_groups < FEW_GROUPS else "BCa bootstrap"
     details: dict[str, Any] = {}
     for key, first in sorted(values[0].items()):  # sorted, because rows from the cache are sorted too
         column = [value[key] for value in values]
         if key != "value" and isinstance(first, float):
-            details[key] = float(np.mean(column))
+            details[key] = math.fsum(column) / len(column)
         elif isinstance(first, list) and len({len(row) for row in column}) == 1:
             details[key] = [float(mean) for mean in np.mean(column, axis=0)]
     return Score(
-        value=float(np.mean(numbers)),
+        value=math.fsum(numbers) / len(numbers),
         ci95=interval,
-        ci_method="BCa bootstrap over source videos" if interval else NO_INTERVAL,
+        ci_method=f"{method} over source videos" if interval else NO_INTERVAL if n_groups < 3 else NO_SPREAD,
         n_reference=n_reference,
         n_generated=len(values),
+        n_groups=n_groups,
+        replicates=_of_mean(numbers, groups),
         details=details,
     )
 
 
-Scorer = Callable[[Tensor, Tensor, Sequence[str] | None], Score]  # [n d], [m d], source videos -> Score
+def _of_mean(numbers: Sequence[float], groups: Sequence[str] | None) -> Replicates | None:
+    """The mean without each block of groups. None: the groups are not known, or too few."""
+    if groups is None:
+        return None
+    design = Design(codes([]), codes(groups))
+    strata = []
+    for blocks in design.blocks():
+        kept = mean_replicates(numbers, design.generated, blocks)
+        sizes = [int(np.isin(design.generated, block).sum()) for block in blocks]
+        strata.append([(len(numbers) / size, value) for size, value in zip(sizes, kept, strict=True)])
+    return Replicates(design=design.digest, strata=strata) if strata else None
+
+
+def score_statistic(
+    statistic: DesignedStatistic,
+    real: Tensor,
+    generated: Tensor,
+    groups: Groups = None,
+    lowest: float = -math.inf,
+    highest: float = math.inf,
+    interval: bool = True,
+    biased: bool = False,
+    is_share: bool = False,
+) -> Score:
+    """The statistic of [n d] and [m d] with its jackknife interval, limited to [lowest, highest].
+
+    `is_share`: the value is a share of clips, and the interval is Wilson's with the jackknife's error.
+    """
+    real, generated, design = fn.arrange(real, generated, groups)
+    value = statistic(real, generated, design)
+    score = Score(
+        value=value,
+        ci_method=NO_INTERVAL,
+        n_reference=len(real),
+        n_generated=len(generated),
+        n_groups=design.n_groups,
+        replicates=replicates(statistic, real, generated, design, biased) if interval else None,
+    )
+    if score.replicates is None:
+        return score
+    result = jackknife(value, score.replicates)
+    score.details["standard_error"] = result.standard_error
+    if biased:
+        score.details["bias_corrected"] = result.bias_corrected
+    blocks = " and ".join(str(len(stratum)) for stratum in score.replicates.strata)
+    score.ci_method = f"jackknife over {blocks} blocks{' of source videos' if design.is_grouped else ''}"
+    if is_share:
+        score.ci95 = share_interval(value, result.standard_error, len(generated), design.n_groups)
+        score.ci_method = f"Wilson's, with the error of a {score.ci_method}"
+    elif result.standard_error == 0:
+        score.ci_method = NO_SPREAD
+    else:
+        low, high = student_interval(value, result.standard_error, result.degrees)
+        score.ci95 = (max(low, lowest), min(high, highest))
+    return score
+
+
+Scorer = Callable[[Tensor, Tensor, Any], Score]  # [n d], [m d], Design or None -> Score
 
 
 class SetDistance(SetMetric):
@@ -251,12 +347,17 @@ class SetDistance(SetMetric):
         extractor: FeatureExtractor,
         score: Scorer,
         statistic: Callable[[Tensor, Tensor], float] | None = None,
+        designed: DesignedStatistic | None = None,
+        biased: bool = False,
+        version: int = 1,
     ) -> None:
+        """Give `statistic`, or `designed` if the value depends on which clips depend on each other."""
         super().__init__(card, extractor)
-        self._score, self._statistic = score, statistic
+        self._score, self._statistic, self._designed, self.biased = score, statistic, designed, biased
+        self.version = version
 
     def score(self, seen: Observations) -> Score:
-        return self._score(torch.stack(seen.reference), torch.stack(seen.generated), seen.groups)
+        return self._score(torch.stack(seen.reference), torch.stack(seen.generated), seen.design)
 
     def statistic(self, real: Tensor, generated: Tensor) -> float:
         if self._statistic is not None:
@@ -264,3 +365,8 @@ class SetDistance(SetMetric):
         value = self._score(real, generated, None).value
         assert value is not None
         return value
+
+    def designed_statistic(self, real: Tensor, generated: Tensor, design: Design) -> float:
+        if self._designed is not None:
+            return self._designed(real, generated, design)
+        return self.statistic(real, generated)

@@ -3,8 +3,6 @@
 `runs/scoring.py` calls them with cached features. `stateful.py` has the same scores as `torchmetrics.Metric`.
 """
 
-import math
-from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +11,8 @@ from torch import Tensor
 from dcbench.catalogue import MetricCard
 from dcbench.errors import UserError
 from dcbench.metrics import functional as fn
-from dcbench.metrics.base import NO_INTERVAL, SetDistance
+from dcbench.metrics.base import SetDistance, score_statistic
+from dcbench.metrics.design import Design, Groups
 from dcbench.metrics.extractors import I3DExtractor, i3d_extractor
 from dcbench.record import Score
 
@@ -35,115 +34,97 @@ def small_sample_warnings(real: Tensor, generated: Tensor, biased: bool) -> list
     return found
 
 
-def make_blocks(real: Tensor, generated: Tensor, groups: Sequence[str] | None) -> list[Tensor]:
-    """Blocks of rows for the jackknife. `groups`: the source video of each generated clip; ignored if there are more
-    reference clips. For sets of one size they apply to both: each clip starts from a frame of its reference."""
-    longer = max(len(real), len(generated))
-    return fn.make_blocks(longer, groups if groups is not None and len(groups) == longer else None)
-
-
-def score_statistic(
-    statistic: Callable[[Tensor, Tensor], float],
-    real: Tensor,
-    generated: Tensor,
-    groups: Sequence[str] | None = None,
-    lowest: float = -math.inf,
-    highest: float = math.inf,
-    interval: bool = True,
-) -> tuple[Score, fn.Jackknife | None]:
-    """The statistic of [n d] and [m d] with its delete-a-block jackknife interval, limited to [lowest, highest]."""
-    value = statistic(real, generated)
-    score = Score(value=value, ci_method=NO_INTERVAL, n_reference=len(real), n_generated=len(generated))
-    blocks = make_blocks(real, generated, groups) if interval else []
-    if not blocks:
-        return score, None
-    result = fn.jackknife(statistic, real, generated, blocks, value)
-    low, high = fn.student_interval(value, result.standard_error, result.degrees)
-    score.ci95 = (max(low, lowest), min(high, highest))
-    score.ci_method = f"jackknife over {len(blocks)} blocks{_by(groups)}"
-    return score, result
-
-
-def _by(groups: Sequence[str] | None) -> str:
-    return " of source videos" if groups is not None and len(set(groups)) < len(groups) else ""
-
-
-def score_frechet(real: Tensor, generated: Tensor, groups: Sequence[str] | None = None, interval: bool = True) -> Score:
+def score_frechet(real: Tensor, generated: Tensor, groups: Groups = None, interval: bool = True) -> Score:
     """FVD with a delete-a-block jackknife interval.
 
-    The interval is for the expected FVD at this sample size. `fn.frechet_infinity` estimates FVD for infinite samples.
+    The interval is for the expected FVD at this number of clips. Its bias is smaller if a generated clip resembles its
+    own reference: `bias_corrected` in `details` is the jackknife's estimate without the bias.
     """
-    real, generated = fn.check_features(real, generated)
-    score, result = score_statistic(fn.frechet_distance, real, generated, groups, lowest=0.0, interval=interval)
+    score = score_statistic(_frechet, real, generated, groups, lowest=0.0, interval=interval, biased=True)
     score.details["definition"] = "|μ1-μ2|² + tr(Σ1+Σ2-2√(Σ1Σ2)), covariances with n-1, float64"
-    if result:
-        score.details |= {"standard_error": result.standard_error, "bias_corrected": result.bias_corrected}
     score.warnings = small_sample_warnings(real, generated, biased=True)
     return score
 
 
-def score_frechet_infinity(real: Tensor, generated: Tensor, groups: Sequence[str] | None = None) -> Score:
+def _frechet(real: Tensor, generated: Tensor, design: Design) -> float:
+    return fn.frechet_distance(real, generated)
+
+
+def score_frechet_infinity(real: Tensor, generated: Tensor, groups: Groups = None) -> Score:
     """FVD extrapolated to infinitely many clips. `details` has the points and coefficients of the fitted curve."""
-    real, generated = fn.check_features(real, generated)
-    blocks = make_blocks(real, generated, groups)
-    fit = fn.frechet_infinity(real, generated, blocks)
-    fewest, warned = min(len(real), len(generated)), []
-    if fewest < 512:
-        warned = [f"{fewest} clips: the extrapolation is rough with fewer than 512"]
-    return Score(
-        value=fit.value,
-        ci95=fit.ci95,
-        ci_method=f"jackknife of the whole fit over {len(blocks)} blocks{_by(groups)}" if fit.ci95 else NO_INTERVAL,
-        n_reference=len(real),
-        n_generated=len(generated),
-        warnings=warned,
-        details={"sizes": list(fit.sizes), "values": list(fit.values), "coefficients": list(fit.coefficients)},
-    )
+    score = score_statistic(_infinity, real, generated, groups)
+    fit = fn.frechet_infinity(real, generated, groups)
+    if score.ci95:
+        score.ci_method = score.ci_method.replace("jackknife", "jackknife of the whole fit")
+    score.details |= {"sizes": list(fit.sizes), "values": list(fit.values), "coefficients": list(fit.coefficients)}
+    if (score.n_groups or 0) < 512:
+        score.warnings = [f"{score.n_groups} independent clips: the extrapolation is rough with fewer than 512"]
+    return score
+
+
+def _infinity(real: Tensor, generated: Tensor, design: Design) -> float:
+    return fn.frechet_infinity(real, generated, design).value
 
 
 def score_kernel(
     real: Tensor,
     generated: Tensor,
-    groups: Sequence[str] | None = None,
+    groups: Groups = None,
     kernel: fn.PolynomialKernel = fn.CUBIC,
     interval: bool = True,
 ) -> Score:
     """KVD (unbiased, full sets, x1) with a delete-a-block jackknife interval and a permutation p value.
 
-    For sets of one size and one clip per video, `details` also has the analytic standard error. Below about a thousand
-    clips, its intervals miss the true value too often: the cubic kernel of logits has heavy tails (docs/metrics.md).
+    Pairs of clips that depend on each other are left out. `details["all_pairs"]` is the value with them, as LVDM and
+    TATS compute it. Below about a thousand clips, the interval misses the true value too often: the cubic kernel of
+    logits has heavy tails (docs/metrics.md).
     """
-    real, generated = fn.check_features(real, generated)
-    statistic = partial(fn.kernel_distance, kernel=kernel)
-    score, result = score_statistic(statistic, real, generated, groups, interval=interval)
-    score.details |= {"kernel": str(kernel), "estimator": "unbiased, full sets, x1"}
-    if result:
-        score.details["standard_error"] = result.standard_error
-        score.details["p_same_distribution"] = fn.kernel_permutation_p(real, generated, kernel)
-        if len(real) == len(generated) and (groups is None or len(set(groups)) == len(groups)):
-            score.details["analytic_standard_error"] = fn.kernel_distance_variance(real, generated, kernel) ** 0.5
+    score = score_statistic(partial(_kernel, kernel), real, generated, groups, interval=interval)
+    score.details |= {
+        "kernel": str(kernel),
+        "estimator": "unbiased, full sets, x1, without pairs of one group",
+        "all_pairs": fn.kernel_distance(real, generated, kernel),
+    }
+    if interval:
+        score.details["p_same_distribution"] = fn.kernel_permutation_p(real, generated, kernel, groups=groups)
     score.warnings = small_sample_warnings(real, generated, biased=False)
     return score
 
 
-def manifold_measure(measure: str, neighbours: int, real: Tensor, generated: Tensor) -> float:
+def _kernel(kernel: fn.PolynomialKernel, real: Tensor, generated: Tensor, design: Design) -> float:
+    return fn.kernel_distance(real, generated, kernel, groups=design)
+
+
+def score_all_pairs(
+    real: Tensor, generated: Tensor, groups: Groups = None, kernel: fn.PolynomialKernel = fn.CUBIC
+) -> Score:
+    """KVD as LVDM and TATS compute it: a generated clip is also compared with its own reference."""
+    statistic = partial(_all_pairs, kernel)
+    score = score_statistic(statistic, real, generated, groups)
+    score.details |= {"kernel": str(kernel), "estimator": "unbiased for independent clips, full sets, x1"}
+    score.warnings = small_sample_warnings(real, generated, biased=False)
+    return score
+
+
+def _all_pairs(kernel: fn.PolynomialKernel, real: Tensor, generated: Tensor, design: Design) -> float:
+    return fn.kernel_distance(real, generated, kernel)
+
+
+def _manifold(measure: str, neighbours: int, real: Tensor, generated: Tensor, design: Design) -> float:
     return getattr(fn.manifold_metrics(real, generated, neighbours), measure)
 
 
-def score_manifold(
-    measure: str, real: Tensor, generated: Tensor, groups: Sequence[str] | None = None, neighbours: int = 5
-) -> Score:
-    """One of precision, recall, density, coverage, with a delete-a-block jackknife interval."""
-    real, generated = fn.check_features(real, generated)
+def score_manifold(measure: str, real: Tensor, generated: Tensor, groups: Groups = None, neighbours: int = 5) -> Score:
+    """One of precision, recall, density, coverage. All but density are shares, with Wilson's interval."""
     fewest = min(len(real), len(generated))
-    score, _ = score_statistic(
-        partial(manifold_measure, measure, neighbours),
+    score = score_statistic(
+        partial(_manifold, measure, neighbours),
         real,
         generated,
         groups,
         lowest=0.0,
-        highest=math.inf if measure == "density" else 1.0,
         interval=fewest > 2 * neighbours,
+        is_share=measure != "density",
     )
     score.details["neighbours"] = neighbours
     if fewest < RECOMMENDED_CLIPS:
@@ -157,21 +138,26 @@ def _i3d(card: MetricCard, runtime: Any) -> I3DExtractor:
 
 def build_fvd(card: MetricCard, runtime: Any) -> SetDistance:
     """Entry point of the `fvd` card; options: preprocessing."""
-    return SetDistance(card, _i3d(card, runtime), score_frechet, fn.frechet_distance)
+    return SetDistance(card, _i3d(card, runtime), score_frechet, designed=_frechet, biased=True)
 
 
 def build_fvd_infinity(card: MetricCard, runtime: Any) -> SetDistance:
     """Entry point of the `fvd_infinity` card; options: preprocessing."""
-    extractor = _i3d(card, runtime)
-    return SetDistance(card, extractor, score_frechet_infinity, lambda a, b: fn.frechet_infinity(a, b).value)
+    return SetDistance(card, _i3d(card, runtime), score_frechet_infinity, designed=_infinity, version=2)
 
 
 def build_kvd(card: MetricCard, runtime: Any) -> SetDistance:
     """Entry point of the `kvd` card; options: preprocessing, degree, coef0, gamma ("1/d" or a number)."""
     kernel = kernel_of(card.options)
-    return SetDistance(
-        card, _i3d(card, runtime), partial(score_kernel, kernel=kernel), partial(fn.kernel_distance, kernel=kernel)
-    )
+    score, statistic = partial(score_kernel, kernel=kernel), partial(_kernel, kernel)
+    return SetDistance(card, _i3d(card, runtime), score, designed=statistic, version=2)
+
+
+def build_kvd_all_pairs(card: MetricCard, runtime: Any) -> SetDistance:
+    """Entry point of the `kvd_all_pairs` card; options as for `kvd`."""
+    kernel = kernel_of(card.options)
+    score, statistic = partial(score_all_pairs, kernel=kernel), partial(_all_pairs, kernel)
+    return SetDistance(card, _i3d(card, runtime), score, designed=statistic)
 
 
 def build_manifold(card: MetricCard, runtime: Any) -> SetDistance:
@@ -179,12 +165,8 @@ def build_manifold(card: MetricCard, runtime: Any) -> SetDistance:
     measure, neighbours = card.options.get("measure", card.name), int(card.options.get("neighbours", 5))
     if measure not in ("precision", "recall", "density", "coverage"):
         raise UserError(f'{card.name}: options.measure is "{measure}"; allowed: precision, recall, density, coverage')
-    return SetDistance(
-        card,
-        _i3d(card, runtime),
-        partial(score_manifold, measure, neighbours=neighbours),
-        partial(manifold_measure, measure, neighbours),
-    )
+    score, statistic = partial(score_manifold, measure, neighbours=neighbours), partial(_manifold, measure, neighbours)
+    return SetDistance(card, _i3d(card, runtime), score, designed=statistic, version=2)
 
 
 def kernel_of(options: dict[str, Any]) -> fn.PolynomialKernel:

@@ -15,8 +15,8 @@ from torch import Tensor
 from dcbench.catalogue import MetricCard
 from dcbench.clips import check_clip, resize
 from dcbench.errors import UserError
-from dcbench.metrics.base import ClipMetric, Observations, View
-from dcbench.metrics.statistics import wilson
+from dcbench.metrics.base import ClipMetric, Observations, View, score_values
+from dcbench.metrics.statistics import jackknife, share_interval, wilson
 from dcbench.record import Score
 from dcbench.shapes import BACKGROUNDS, COLOURS, GROWTH, MOTIONS, SHAPES, TRAVEL, coverage
 
@@ -143,9 +143,14 @@ class JudgeMetric(ClipMetric):
         return {"value": float(right), "shown": " ".join(shown)}
 
     def score(self, seen: Observations) -> Score:
-        hits, count = sum(row["value"] == 1 for row in seen.generated), len(seen.generated)
-        share, interval = wilson(hits, count)
-        return Score(value=share, ci95=interval, ci_method="Wilson interval", n_generated=count)
+        score = score_values(seen.generated, seen.groups)
+        assert score.value is not None and score.n_groups is not None
+        if score.n_groups == score.n_generated:
+            interval = wilson(sum(row["value"] == 1 for row in seen.generated), score.n_generated)[1]
+        else:
+            error = jackknife(score.value, score.replicates).standard_error if score.replicates else 0.0
+            interval = share_interval(score.value, error, score.n_generated, score.n_groups)
+        return score.model_copy(update={"ci95": interval, "ci_method": "Wilson interval"})
 
 
 @cache

@@ -21,8 +21,9 @@ from dcbench.catalogue import MetricCard
 from dcbench.clips import check_clip
 from dcbench.errors import UserError
 from dcbench.metrics import functional as fn
-from dcbench.metrics.base import FeatureExtractor, SetDistance
-from dcbench.metrics.distances import score_frechet, score_statistic
+from dcbench.metrics.base import FeatureExtractor, SetDistance, score_statistic
+from dcbench.metrics.design import Groups
+from dcbench.metrics.distances import score_frechet
 from dcbench.metrics.extractors import to_square
 from dcbench.record import Score
 from dcbench.weights import fetch, tensors_sha256
@@ -267,13 +268,13 @@ def _shared_vjepa(encoder: Path, probe: Path, device: str) -> VideoTransformerEx
 def build_cd_fvd(card: MetricCard, runtime: Any) -> SetDistance:
     """Entry point of the `cd_fvd` card."""
     path = fetch(card.weights[0], runtime.offline)
-    return SetDistance(card, _shared_videomae(path, runtime.device), score_frechet, fn.frechet_distance)
+    return SetDistance(card, _shared_videomae(path, runtime.device), score_frechet, fn.frechet_distance, biased=True)
 
 
 def build_jedi(card: MetricCard, runtime: Any) -> SetDistance:
     """Entry point of the `jedi` card."""
     encoder, probe = (fetch(source, runtime.offline) for source in card.weights[:2])
-    return SetDistance(card, _shared_vjepa(encoder, probe, runtime.device), score_jedi, jedi_distance)
+    return SetDistance(card, _shared_vjepa(encoder, probe, runtime.device), score_jedi, jedi_distance, biased=True)
 
 
 JEDI_KERNEL = fn.PolynomialKernel(degree=2, gamma=None, coef0=0.0)
@@ -284,8 +285,8 @@ def jedi_distance(real: Tensor, generated: Tensor) -> float:
     return 100 * fn.kernel_distance(real, generated, JEDI_KERNEL, unbiased=False)
 
 
-def score_jedi(real: Tensor, generated: Tensor, groups: Sequence[str] | None = None) -> Score:
+def score_jedi(real: Tensor, generated: Tensor, groups: Groups = None) -> Score:
     """JEDi with its delete-a-block jackknife interval."""
-    score, _ = score_statistic(jedi_distance, *fn.check_features(real, generated), groups, lowest=0.0)
+    score = score_statistic(lambda a, b, design: jedi_distance(a, b), real, generated, groups, lowest=0.0, biased=True)
     score.details |= {"kernel": str(JEDI_KERNEL), "estimator": "biased, full sets, x100"}
     return score

@@ -1,10 +1,12 @@
 """Tables of records: models x datasets x metrics. Pure functions.
 
 Two measured numbers are comparable if dataset, metric (with options and code), fingerprint, extractor and sample sizes
-are equal; two published numbers, if dataset, metric and protocol tag are equal. Only the best of several comparable
-numbers is bold. A metric that was scored in two ways has two columns.
+are equal; two published numbers, if dataset, metric and protocol tag are equal. Bold: the best of comparable numbers,
+and all that a paired test does not tell from it. A metric that was scored in two ways has two columns.
 """
 
+import contextlib
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +19,7 @@ import pandas as pd
 from dcbench.catalogue import Card, MetricCard, ModelCard, cards
 from dcbench.errors import UserError
 from dcbench.files import digest
+from dcbench.metrics.statistics import Comparison, compare_scores, holm, jackknife
 from dcbench.record import Cost, Record, Score, read_cost, read_record
 
 ORDER = ("fvd", "fvd_infinity", "kvd", "pic", "clip_text", "clip_image", "clip_frames", "motion", "warp_error")
@@ -36,8 +39,10 @@ class Number:
     high: float | None = None
     n_reference: int | None = None
     n_generated: int | None = None
+    n_groups: int | None = None  # independent source videos or inputs
     higher_is_better: bool | None = None
-    best: bool = False
+    best: bool = False  # no comparable number is told from it, and some number is told from the best
+    detectable: float | None = None  # the difference from the best that 80 % of such comparisons would find
     published: bool = False
     fingerprint: str = ""
     source: str = ""
@@ -120,7 +125,7 @@ def numbers(runs: Sequence[Result], models: Mapping[str, Card] | None = None) ->
     `models`: the cards to take published numbers from (default: the catalogue).
     """
     columns, labels = _columns(runs), name_runs(runs)
-    found = [number for run in runs for number in _measured(run, labels[run.path], columns)]
+    found = _mark_best([pair for run in runs for pair in _measured(run, labels[run.path], columns)])
     directions = {
         name: card.higher_is_better for name, card in cards("metrics").items() if isinstance(card, MetricCard)
     }
@@ -141,7 +146,7 @@ def numbers(runs: Sequence[Result], models: Mapping[str, Card] | None = None) ->
                         comparable=f"published/{entry.dataset}/{entry.metric}/{entry.protocol}",
                     )
                 )
-    return _mark_best(found)
+    return found
 
 
 def _way(score: Score) -> dict[str, Any]:
@@ -169,12 +174,12 @@ def _columns(runs: Sequence[Result]) -> dict[tuple[str, str], str]:
     return columns
 
 
-def _measured(run: Result, label: str, columns: Mapping[tuple[str, str], str]) -> Iterator[Number]:
+def _measured(run: Result, label: str, columns: Mapping[tuple[str, str], str]) -> Iterator[tuple[Number, Score]]:
     for name, score in run.record.scores.items():
         low, high = score.ci95 or (None, None)
         metric = columns.get((name, digest(_way(score))), name)
         known = [run.dataset, name, score.fingerprint, _way(score), score.n_reference, score.n_generated]
-        yield Number(
+        number = Number(
             block=run.block,
             model=label,
             dataset=run.dataset,
@@ -184,6 +189,7 @@ def _measured(run: Result, label: str, columns: Mapping[tuple[str, str], str]) -
             high=high,
             n_reference=score.n_reference,
             n_generated=score.n_generated,
+            n_groups=score.n_groups,
             higher_is_better=score.higher_is_better,
             fingerprint=score.fingerprint,
             reason=score.reason or "",
@@ -192,21 +198,40 @@ def _measured(run: Result, label: str, columns: Mapping[tuple[str, str], str]) -
             comparable="" if score.value is None or run.is_bound else digest(known),
             run=run.path.name,
         )
+        yield number, score
 
 
-def _mark_best(found: list[Number]) -> list[Number]:
-    """Mark the best of several comparable values. Ties are all marked; a group of equal values has no best."""
-    groups: dict[str, list[float]] = defaultdict(list)
-    for number in found:
-        if number.comparable and number.value is not None and number.higher_is_better is not None:
-            groups[number.comparable].append(number.value)
-    marked = []
-    for number in found:
-        values = groups.get(number.comparable, [])
-        if len(set(values)) > 1:
-            number = replace(number, best=number.value == (max(values) if number.higher_is_better else min(values)))
-        marked.append(number)
-    return marked
+def _mark_best(found: Sequence[tuple[Number, Score]]) -> list[Number]:
+    """Mark the best of comparable numbers, and all that a paired test (Holm, 5 %) does not tell from it.
+
+    No number is marked if none is told from the best. For a biased metric such as FVD, the best is that without the
+    bias. A record without replicates (an older one) cannot be told from anything.
+    """
+    numbers = [number for number, _ in found]
+    groups: dict[str, list[int]] = defaultdict(list)
+    for index, number in enumerate(numbers):
+        if number.comparable and number.higher_is_better is not None:
+            groups[number.comparable].append(index)
+    for members in groups.values():
+        sign = -1 if numbers[members[0]].higher_is_better else 1
+        best = min(members, key=lambda index: sign * _without_bias(found[index][1]))
+        against: dict[int, Comparison] = {}
+        for index in members:
+            with contextlib.suppress(UserError):  # not to be told apart: too few clips, or other ones
+                if index != best:
+                    against[index] = compare_scores(found[index][1], found[best][1])
+        adjusted = holm({str(index): one.p_value for index, one in against.items()})
+        told = {index for index in against if adjusted[str(index)] < 0.05}
+        for index in members:
+            least = against[index].detectable if index in against else None
+            numbers[index] = replace(numbers[index], best=bool(told) and index not in told, detectable=least)
+    return numbers
+
+
+def _without_bias(score: Score) -> float:
+    if score.replicates is not None and score.replicates.biased and score.value is not None:
+        return jackknife(score.value, score.replicates).bias_corrected
+    return score.value if score.value is not None else math.inf
 
 
 def to_csv(found: Sequence[Number]) -> str:
@@ -318,13 +343,18 @@ def _size_cell(line: Sequence[Number], table: Table) -> Cell:
     scored = [number for number in line if number.value is not None and not number.published]
     if not scored:
         return Cell("")
-    pairs = {(number.n_reference, number.n_generated) for number in scored}
-    sizes = sorted({str(made) if real in (made, 0) else f"{made} vs {real}" for real, made in pairs})
+    counts = {(number.n_reference, number.n_generated, number.n_groups) for number in scored}
+    sizes = sorted({_size(*count) for count in counts})
     prints = dict.fromkeys((number.fingerprint, number.block) for number in scored)
     notes = [
         table.note(f"Fingerprint {p} ({block}): comparable with the same fingerprint only.") for p, block in prints
     ]
     return Cell(" / ".join(sizes), notes=tuple(notes))
+
+
+def _size(real: int | None, made: int | None, groups: int | None) -> str:
+    size = str(made) if real in (made, 0) else f"{made} vs {real}"
+    return f"{size} ({groups} videos)" if groups is not None and groups < min(made or 0, real or made or 0) else size
 
 
 def _explain(runs: Sequence[Result], found: Sequence[Number], table: Table) -> None:
@@ -333,6 +363,7 @@ def _explain(runs: Sequence[Result], found: Sequence[Number], table: Table) -> N
     methods = sorted({number.ci_method for number in found if number.low is not None and number.ci_method})
     if methods:
         table.note(f"[low, high]: 95 % interval ({'; '.join(methods)}).")
+    _explain_bold(found, table)
     valued = {number.metric for number in found if number.value is not None}
     by_text: dict[str, list[str]] = {}  # one footnote for all metrics that share an extractor or a reason
     for number in sorted((n for n in found if not n.published), key=lambda n: _rank(n.metric)):
@@ -358,6 +389,29 @@ def _explain(runs: Sequence[Result], found: Sequence[Number], table: Table) -> N
                 table.note(f"{_title(metric)}: {_first_line(warning)}")
     if any(number.published for number in found):
         table.note("Published numbers were not measured here; compare them only within their own block.")
+
+
+def _explain_bold(found: Sequence[Number], table: Table) -> None:
+    """What bold means, which columns have none, and how large a difference would have to be."""
+    if any(number.best for number in found):
+        table.note("Bold: the best, and all that a paired test does not tell from it (p < 0.05 after Holm).")
+    compared: dict[str, list[Number]] = defaultdict(list)
+    for number in found:
+        if number.comparable and not number.published and number.higher_is_better is not None:
+            compared[number.comparable].append(number)
+    several = [group for group in compared.values() if len(group) > 1]
+    if silent := [_title(group[0].metric) for group in several if not any(number.best for number in group)]:
+        table.note(f"No model is told from the best by a paired test: {', '.join(dict.fromkeys(silent))}.")
+    least = {
+        _title(group[0].metric): max(number.detectable for number in group if number.detectable is not None)
+        for group in several
+        if any(number.detectable is not None for number in group)
+    }
+    if least:
+        table.note(
+            "Smallest difference from the best that is found in 80 % of such tests, for the least certain model: "
+            f"{', '.join(f'{title} {show_value(value)}' for title, value in least.items())}."
+        )
 
 
 def _shorten(extractor: str) -> str:

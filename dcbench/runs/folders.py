@@ -16,12 +16,14 @@ def score_folders(
     options: Options,
     metrics: Sequence[str] | None = None,
     out: Path | None = None,
+    groups: Path | None = None,
 ) -> Path:
     """Score every video of `generated` against those of `reference`. Returns the run's directory.
 
     Videos with the same name on both sides are a pair. Metrics that compare a clip with its input image need pairs.
+    `groups`: a file of source videos or inputs (see `dcbench.datasets.folder`), for intervals and tests.
     """
     choose_metrics(metrics)  # before the videos are read, so that an unknown name fails early
-    run = plan_folders(generated, reference, find_protocol(protocol), out, options.quiet)
+    run = plan_folders(generated, reference, find_protocol(protocol), out, options.quiet, groups)
     score(run, options, metrics)
     return run.directory.path

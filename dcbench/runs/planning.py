@@ -101,11 +101,17 @@ def request_of(
 
 
 def plan_folders(
-    generated: Path, reference: Path, protocol: Protocol, out: Path | None = None, quiet: bool = False
+    generated: Path,
+    reference: Path,
+    protocol: Protocol,
+    out: Path | None = None,
+    quiet: bool = False,
+    groups: Path | None = None,
 ) -> Run:
     """A run whose generated clips are the videos of one folder, and whose reference clips are those of another.
 
     The protocol applies to both. Videos with the same name are a pair. A video without a partner is its own case.
+    `groups`: a file that names the source video or input image of videos of both folders; else each folder's own.
     """
     join_ranks()
     resolved = protocol.resolved("folder")
@@ -114,7 +120,7 @@ def plan_folders(
     def make() -> tuple[Run, list[Case]]:
         planned, sides = {}, {"reference": reference, "generated": generated}
         for side, root in sides.items():
-            items = _folder_items(root, resolved)
+            items = _folder_items(root, resolved, groups)
             probe = _probe(len(items), f"reading {side} videos", quiet)
             planned[side] = items, *plan_clips(resolved, list(items.values()), probe, run_seed=0)
         (items, cases, lost), (clips, own, lost_clips) = planned["reference"], planned["generated"]
@@ -149,10 +155,12 @@ def _with_partners(cases: Sequence[Case], own: Sequence[Case]) -> list[Case]:
     return sorted([*cases, *alone], key=lambda case: case.id)
 
 
-def _folder_items(folder: Path, protocol: Protocol) -> dict[str, Item]:
+def _folder_items(folder: Path, protocol: Protocol, groups: Path | None = None) -> dict[str, Item]:
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; expected a folder of videos ({', '.join(video.SUFFIXES)})")
-    return load_items(find_dataset("folder"), folder, protocol)
+    card = find_dataset("folder")
+    options = card.options | ({"groups": str(groups)} if groups else {})
+    return load_items(card.model_copy(update={"options": options}), folder, protocol)
 
 
 def _write(

@@ -146,11 +146,12 @@ class Seen:
     def of(self, metric: Metric, cases: Sequence[Case]) -> Observations:
         """A metric's observations in the order of the cases. Cases without an observation are left out."""
         made, real = (side.get(metric.observation_key, {}) for side in (self.generated, self.reference))
-        kept = [case for case in cases if case.id in made]
+        generated, reference = ([case for case in cases if case.id in side] for side in (made, real))
         return Observations(
-            [made[case.id] for case in kept],
-            [real[case.id] for case in cases if case.id in real],
-            [case.group or case.id for case in kept],
+            [made[case.id] for case in generated],
+            [real[case.id] for case in reference],
+            [case.group or case.id for case in generated],
+            [case.group or case.id for case in reference],
         )
 
 
@@ -293,7 +294,8 @@ def _score(metric: Metric, seen: Seen, cases: Sequence[Case]) -> Score:
         raise UserError(next(iter(lacking.values()), "no generated clip could be scored"))
     score = metric.score(observed)
     if observed.reference and not isinstance(metric, SetMetric):
-        score.details["reference_value"] = metric.score(Observations(observed.reference)).value
+        reference = Observations(observed.reference, groups=observed.reference_groups)
+        score.details["reference_value"] = metric.score(reference).value
     if lacking:
         score.warnings = [*score.warnings, f"{len(lacking)} clips do not count: {next(iter(lacking.values()))}"]
     return score
