@@ -161,7 +161,7 @@ def _scores(suite: Suite, arm: Arm, out: Path, seeds: Sequence[int], places: Pla
         if folder == baseline:
             row.add_no_difference()
         elif (folder / "gap.json").is_file():
-            row.add_gaps(read_json(folder / "gap.json"), read_record(folder), read_record(baseline))
+            row.add_gaps(read_json(folder / "gap.json"), [read_record(folder), read_record(baseline)])
     return row
 
 

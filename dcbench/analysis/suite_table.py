@@ -77,12 +77,15 @@ class ArmScores:
             gap = compare_paired(measured.sampled, baseline.sampled)
             self.gaps.setdefault("first_frame_loss", []).append(Point(gap.difference, gap.ci95, p_value=gap.p_value))
 
-    def add_gaps(self, stored: Mapping[str, Any], own: Record, baseline: Record) -> None:
-        """Add the content of a run's gap.json: differences from the baseline's run on the same clips."""
+    def add_gaps(self, stored: Mapping[str, Any], records: Sequence[Record] = ()) -> None:
+        """Add the content of a run's gap.json: differences from the baseline's run on the same clips.
+
+        `records`: that of the run and of the baseline's, for an interval over several seeds.
+        """
         self.no_gap = stored["reason"]
         for name, gap in stored["gaps"].items():
-            sides = [record.scores[name].replicates if name in record.scores else None for record in (own, baseline)]
-            pair = subtract(sides[0], sides[1]) if _same_clips(sides) and sides[0] and sides[1] else None
+            sides = [record.scores[name].replicates if name in record.scores else None for record in records]
+            pair = subtract(*sides) if sides and all(sides) and _same_clips(sides) else None  # type: ignore[arg-type]
             interval = tuple(gap["ci95"]) if gap["ci95"] else None
             point = Point(gap["difference"], interval, pair, gap["p_value"], gap.get("plain"))
             self.gaps.setdefault(name, []).append(point)

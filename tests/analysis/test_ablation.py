@@ -118,15 +118,17 @@ def test_sampled_arms_share_their_clips_and_resume(tmp_path):
     manifests = {(path / "manifest.jsonl").read_text() for path in (tmp_path / "out").glob("*/seed-123")}
     assert len(manifests) == 1 and [row.clips for row in rows] == [3, 3, 3, 3]
     assert all({"motion", "judge_motion", "judge_colour"} <= set(row.scores) for row in rows)
-    assert rows[3].scores["judge_colour"][0][0] == 1.0
+    assert rows[3].scores["judge_colour"][0].value == 1.0
     assert not rows[2].gaps and set(rows[3].gaps) == {"motion", *find_dataset("shapes").metrics}
-    gap, interval = rows[3].gaps["motion"][0]
-    assert gap == pytest.approx(rows[3].scores["motion"][0][0] - rows[2].scores["motion"][0][0], rel=1e-6)
-    assert interval is not None and interval[0] <= gap <= interval[1] < 0  # nothing moves in the folder's clips
+    gap = rows[3].gaps["motion"][0]
+    assert gap.value == pytest.approx(rows[3].scores["motion"][0].value - rows[2].scores["motion"][0].value, rel=1e-6)
+    assert gap.value < 0 and gap.interval is not None  # nothing moves in the folder's clips
+    assert gap.interval[0] <= gap.value <= gap.interval[1] and gap.p_value is not None
     clips = {p.parent.parent.parent.name: p.read_bytes() for p in (tmp_path / "out").glob("*/*/clips/test-*.mkv")}
     assert clips["lambda-off"] != clips["lambda-twice"]
     table = (tmp_path / "out" / "table.md").read_text()
-    assert f"| **{show((gap, interval))}** |" in next(line for line in table.splitlines()[::-1] if "| folder |" in line)
+    shown = show(rows[3].gap("motion"))
+    assert f"| {shown} |" in next(line for line in table.splitlines()[::-1] if "| folder |" in line)  # 3 clips: no bold
     assert "234.66" in table and "λ off" in table and (tmp_path / "out" / "curves-motion.png").is_file()
     pictures = {path.name for path in (tmp_path / "out").glob("frames-*")}
     assert pictures == {f"frames-{group}-{number}.png" for group in ("all", "own") for number in (1, 2)}
@@ -200,8 +202,8 @@ def test_trained_arms_share_their_base_and_differ_by_what_they_say(tmp_path):
     assert one.keys() == other.keys() and all((one[name] == other[name]).all() for name in one)
     assert all(len(row.scores["held_out_loss"]) == 2 and len(row.scores["swap_text"]) == 2 for row in rows)
     assert not rows[0].gaps and len(rows[1].gaps["motion"]) == 2
-    assert rows[1].gaps["first_frame_loss"][0][0] == pytest.approx(
-        rows[1].scores["first_frame_loss"][0][0] - rows[0].scores["first_frame_loss"][0][0]
+    assert rows[1].gaps["first_frame_loss"][0].value == pytest.approx(
+        rows[1].scores["first_frame_loss"][0].value - rows[0].scores["first_frame_loss"][0].value
     )
     table = (tmp_path / "out" / "table.md").read_text()
     assert "seeds 1, 2" in table and rebuild(tmp_path / "out") == table

@@ -142,14 +142,23 @@ def test_the_table_shows_seeds_intervals_and_the_papers_column(tmp_path):
     row.add("fvd", 10.0, (8.0, 12.0))
     row.add("fvd", 14.0, (11.0, 17.0))
     row.reasons["pic"] = "its weights are missing"
-    assert show(row.summary("fvd")) == "12 [8, 17]"
+    assert show(row.summary("fvd")) == "12 [-13.4, 37.4]"  # Student's t of two seeds, not the span of their intervals
     other = ArmScores(suite.arms[1], clips=24)
     other.add("fvd", 20.0, (18.0, 22.0))
-    stored = {"difference": 6.0, "ci95": [1.0, 11.0]}
-    other.add_gaps({"reason": "", "gaps": {"fvd": stored, "motion": {"difference": 1.0, "ci95": [-1.0, 3.0]}}})
+    stored = {
+        "fvd": {"difference": 6.0, "ci95": [1.0, 11.0], "p_value": 0.03},
+        "motion": {"difference": 1.0, "ci95": [-1.0, 3.0], "p_value": 0.4},
+    }
+    other.add_gaps({"reason": "", "gaps": stored})
     text = write_table(suite, [row, other], tmp_path, (1, 2))
-    assert "Difference from *ours*" in text and "| without ctx | **6 [1, 11]** | 1 [-1, 3] |" in text
-    assert "234.66" in text and "12 [8, 17]" in text and "its weights are missing" in text
+    assert "after Holm's correction for the 2 differences" in text
+    assert "Difference from *ours*" in text and "| without ctx | 6 [1, 11] | 1 [-1, 3] |" in text  # 0.03 · 2 > 0.05
+    assert "234.66" in text and "12 [-13.4, 37.4]" in text and "its weights are missing" in text
+    assert "intervals over seeds, for these clips" in text
+    stored["fvd"]["p_value"] = 0.01
+    other.gaps.clear()
+    other.add_gaps({"reason": "", "gaps": stored})
+    assert "| without ctx | **6 [1, 11]** | 1 [-1, 3] |" in write_table(suite, [row, other], tmp_path, (1, 2))
     sheet = (tmp_path / "table.csv").read_text()
     assert sheet.count(",fvd,") == 3 and sheet.count(",fvd_gap,") == 1
 

@@ -264,7 +264,7 @@ def test_frechet_infinity_is_the_slow_obvious_version() -> None:
     for size in sizes:
         number, own = 20 // size, []
         for part in np.array_split(np.array(order[: number * size]), number):
-            x, y = (side[np.isin(design.real, part)].numpy() for side in (real, made))
+            x, y = (side.numpy()[np.isin(design.real, part)] for side in (real, made))
             root = scipy.linalg.sqrtm(np.cov(x.T) @ np.cov(y.T) + 1e-14 * np.eye(12))
             own.append(((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(np.cov(x.T) + np.cov(y.T) - 2 * np.real(root)))
         values.append(np.mean(own))

@@ -176,7 +176,7 @@ def test_equal_models_do_not_differ_and_few_clips_cannot_tell() -> None:
     assert (shifted.difference, shifted.ci95, shifted.p_value) == (0.5, None, 0.25) and shifted.is_too_small
     few = compare_paired([1.0, 2.0, 4.0], [0.0, 0.0, 0.0])
     expected = stats.ttest_1samp([1.0, 2.0, 4.0], 0)
-    assert few.p_value == pytest.approx(expected.pvalue) and few.is_too_small
+    assert few.p_value == pytest.approx(expected[1]) and few.is_too_small
     assert not compare_paired([1.0, 2.0, 4.0, 1.0, 2.0, 5.0], [0.0] * 6).is_too_small
 
 
@@ -253,7 +253,7 @@ def test_comparison_finds_the_better_model_although_the_other_copies(score) -> N
 def test_the_comparison_of_fvd_has_no_bias_of_few_clips() -> None:
     """Equal true FVD, one model tied: at 48 clips the plain difference is -0.95, the reported one 0.00 ± 0.07."""
     results = [compared(score_frechet, models(48, trial, (0.9, 0.0), (1.0, 1.0))) for trial in range(60)]
-    assert np.mean([result.plain for result in results]) < -0.6
+    assert np.mean([result.plain or 0.0 for result in results]) < -0.6
     assert abs(np.mean([result.difference for result in results])) < 0.25
     assert "bias of 48 clips removed" in results[0].method
 
@@ -347,7 +347,7 @@ def test_the_interval_over_seeds_covers_clips_and_seeds(of_seed: float) -> None:
 def test_seeds_without_replicates_have_students_interval() -> None:
     found = over_seeds([1.0, 2.0, 4.0], [None, None, None])
     expected = stats.ttest_1samp([1.0, 2.0, 4.0], 0)
-    assert found.method == "over seeds, for these clips" and found.p_value == pytest.approx(expected.pvalue)
+    assert found.method == "over seeds, for these clips" and found.p_value == pytest.approx(expected[1])
     assert found.ci95 == pytest.approx(tuple(expected.confidence_interval()))
     assert over_seeds([1.0], [None]).ci95 is None
 
