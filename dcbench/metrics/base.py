@@ -219,11 +219,10 @@ class SetMetric(Metric):
         return score_statistic(self.designed_statistic, real, generated, seen.design, biased=self.biased)
 
     def difference(self, first: Observations, second: Observations) -> Comparison:
-        """UserError if the clips of the two have other groups."""
-        scores = []
-        for seen in (first, second):
-            real, generated = torch.stack(seen.reference), torch.stack(seen.generated)
-            scores.append(score_statistic(self.designed_statistic, real, generated, seen.design, biased=self.biased))
+        """By the replicates of both scores. UserError if the clips of the two have other groups, or too few."""
+        scores = [self.score(seen) for seen in (first, second)]
+        if not all(score.replicates for score in scores):  # your own `score` may give a value alone
+            scores = [SetMetric.score(self, seen) for seen in (first, second)]
         return compare_scores(*scores)
 
 

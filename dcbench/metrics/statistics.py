@@ -243,7 +243,7 @@ def compare_replicates(
     if error == 0:
         if value != 0:
             raise UserError("each block of clips gives the same difference, so there is no error to test it with")
-        return Comparison(0.0, (0.0, 0.0), 1.0, method, n, n_groups, plain=plain)
+        return Comparison(0.0, (0.0, 0.0), 1.0, method, n, n_groups, plain=plain if biased else None)
     return Comparison(
         value,
         student_interval(value, error, degrees),

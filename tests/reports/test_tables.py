@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 from dcbench.catalogue import ModelCard, Published
 from dcbench.errors import UserError
 from dcbench.files import write_json
-from dcbench.record import Cost, Excluded, Failure, Plan, Record, Score
+from dcbench.metrics.statistics import jackknife, student_p
+from dcbench.record import Cost, Excluded, Failure, Plan, Record, Replicates, Score
 from dcbench.reports.tables import (
     Cell,
     Result,
@@ -32,13 +34,22 @@ EXTRACTOR = {"name": "i3d", "weights_sha256": "ab" * 32, "preprocessing": "squas
 DIRECTIONS = {"fvd": False, "kvd": False, "pic": True, "motion": None}
 
 
-def score(value: float | None, metric: str = "fvd", **changes: Any) -> Score:
+def without_blocks(value: float, spread: float, design: str = "d") -> Replicates:
+    """The value without each of eight blocks; two scores of one spread differ by exactly the same in each."""
+    wobble = [math.sin(5 * k * (1 + value)) for k in range(8)]
+    return Replicates(design=design, strata=[[(8.0, value + spread * w) for w in wobble]])
+
+
+def score(value: float | None, metric: str = "fvd", spread: float = 0.001, **changes: Any) -> Score:
+    """`spread`: of the replicates, as a share of the value. The default tells any two values apart."""
     given: dict[str, Any] = {
         "n_reference": 2048,
         "n_generated": 2048,
         "extractor": EXTRACTOR,
         "fingerprint": "f00d",
         "higher_is_better": DIRECTIONS[metric],
+        "n_groups": 2048,
+        "replicates": None if value is None else without_blocks(value, spread * max(value, 1)),
         **changes,
     }
     return Score(value=value, **given)
@@ -126,7 +137,7 @@ def test_measured_and_published_rows_are_never_compared():
     cards = {"a": published(), "b": published("Other", value=400), "c": published("Third", "consisti2v", 1.0)}
     runs = [run("A", {"fvd": score(450)}), run("B", {"fvd": score(460)})]
     found = numbers(runs, cards)
-    assert [n.model for n in found if n.best] == ["A", "Other"]
+    assert [n.model for n in found if n.best] == ["A"]  # published numbers have no test, so none is marked
     text = to_markdown(layout(runs, found))
     at = [
         text.index(part)
@@ -151,18 +162,66 @@ def test_published_numbers_of_other_datasets_and_secondary_ones():
 
 
 def test_the_catalogue_gives_the_published_table():
-    """The paper's Table 1 stands below a measured run, DynamiCrafter in bold there."""
+    """The paper's Table 1 stands below a measured run. Nothing in it is bold: published numbers have no test."""
     found = numbers([run("A", {"fvd": score(450)})])
-    best_published = [
-        n.model for n in found if n.best and n.metric == "fvd" and n.block == "published, dynamicrafter-paper"
-    ]
-    assert best_published == ["DynamiCrafter"]
+    theirs = {n.model: n for n in found if n.metric == "fvd" and n.block == "published, dynamicrafter-paper"}
+    assert theirs["DynamiCrafter"].value == min(n.value for n in theirs.values() if n.value is not None)
+    assert len(theirs) == 3 and not any(n.best for n in found)
 
 
 def test_equal_values_share_the_place_and_alone_nobody_is_best():
     assert best([run("A", {"fvd": score(2)})]) == []
     assert best([run("A", {"fvd": score(2)}), run("B", {"fvd": score(2)})]) == []
     assert best([run("A", {"fvd": score(2)}), run("B", {"fvd": score(2)}), run("C", {"fvd": score(3)})]) == ["A", "B"]
+
+
+def test_bold_is_what_a_test_does_not_tell_from_the_best():
+    """A is the smallest, B cannot be told from it, C can; where nothing can be told, nothing is bold."""
+    runs = [run("A", {"fvd": score(200, spread=0.05)}), run("B", {"fvd": score(203, spread=0.05)})]
+    assert best(runs) == []
+    text = markdown(runs)
+    assert "**" not in text and "No model is told from the best by a paired test: FVD." in text
+    assert "found in 80 % of such tests, for the least certain model: FVD " in text
+    runs.append(run("C", {"fvd": score(900, spread=0.05)}))
+    assert best(runs) == ["A", "B"] and "all that a paired test does not tell from it" in markdown(runs)
+
+
+def test_holm_counts_the_models_of_a_column():
+    """One of many models at p = 0.03 is not told from the best: with ten, one such p is common."""
+
+    def shifted(title: str, gap: float) -> Result:
+        blocks = [(8.0, 200 + gap + 0.2 * gap * math.sin(k)) for k in range(8)]
+        return run(title, {"fvd": score(200 + gap, replicates=Replicates(design="d", strata=[blocks]))})
+
+    base = run("A", {"fvd": score(200, replicates=Replicates(design="d", strata=[[(8.0, 200.0)] * 8]))})
+    error = jackknife(1.0, Replicates(design="d", strata=[[(8.0, 1 + 0.2 * math.sin(k)) for k in range(8)]]))
+    p = student_p(1.0, error.standard_error, error.degrees)
+    assert 0.005 < p < 0.05
+    assert best([base, shifted("B", 1.0)]) == ["A"]
+    count = math.ceil(0.05 / p) + 1
+    assert best([base, *(shifted(f"B{k}", 1.0 + k / 1000) for k in range(count))]) == []
+
+
+def test_fvd_is_ranked_without_its_bias():
+    """B copies its input, so its bias is small: the plain value is lower, the unbiased one is not."""
+
+    def biased(title: str, value: float, slope: float) -> Result:
+        blocks = [(8.0, value + slope / 7 + 0.01 * math.sin(3 * k + slope)) for k in range(8)]
+        return run(title, {"fvd": score(value, replicates=Replicates(design="d", strata=[blocks], biased=True))})
+
+    assert best([biased("A", 300, 200.0), biased("B", 250, 20.0)]) == ["A"]  # 100 and 230 without bias
+
+
+def test_scores_of_other_clips_or_older_records_are_not_told_apart():
+    assert best([run("A", {"fvd": score(1)}), run("B", {"fvd": score(2, replicates=without_blocks(2, 1, "e"))})]) == []
+    assert best([run("A", {"fvd": score(1)}), run("B", {"fvd": score(2, replicates=None)})]) == []
+
+
+def test_the_sample_size_names_source_videos():
+    text = markdown([run("A", {"fvd": score(1, n_groups=512)}), run("B", {"fvd": score(2, n_groups=512)})])
+    assert "2048 (512 videos)" in text
+    rows = list(csv.DictReader(io.StringIO(to_csv(numbers([run("A", {"fvd": score(1, n_groups=512)})], {})))))
+    assert rows[0]["n_groups"] == "512"
 
 
 def test_the_real_clips_are_a_bound_and_no_contestant():

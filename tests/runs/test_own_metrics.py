@@ -123,7 +123,9 @@ def test_a_copy_of_a_card_with_other_options_stands_beside_the_original(tmp_path
     seen = scoring.observe_all(run, [load_metric("kvd", device="cpu")], QUIET, None)
     observed = seen.of(load_metric("kvd", device="cpu"), run.cases)
     real, made = torch.stack(observed.reference), torch.stack(observed.generated)
-    assert both["kvd(degree=2)"].value == fn.kernel_distance(real, made, fn.PolynomialKernel(degree=2))
+    kernel = fn.PolynomialKernel(degree=2)
+    assert both["kvd(degree=2)"].value == fn.kernel_distance(real, made, kernel, groups=observed.design)
+    assert both["kvd(degree=2)"].details["all_pairs"] == fn.kernel_distance(real, made, kernel)
     assert scoring.score(run, QUIET, [copied_kvd(tmp_path, 3)]).scores == both  # a copy that changes nothing
     table = write_report([tmp_path / "run"], tmp_path / "report")
     assert "KVD ↓" in table and "KVD (degree=2) ↓" in table
@@ -133,7 +135,7 @@ def test_runs_that_were_scored_with_other_options_are_not_compared(tmp_path, sma
     """Neither by a column with one best value, nor by --compare; a metric of one's own and a copied card alike."""
     for model, degree in (("zoom", 3), ("noise", 2)):
         cards = [copied_kvd(tmp_path, degree), bright(tmp_path / model, 10 * degree), "fvd"]
-        scoring.score(make_run(tmp_path / model / "run", model), QUIET, cards)
+        scoring.score(make_run(tmp_path / model / "run", model, limit=12), QUIET, cards)
     paths = [tmp_path / model / "run" for model in ("zoom", "noise")]
     table = write_report(paths, tmp_path / "report")
     for heading in ("KVD ↓", "KVD (degree=2) ↓", "bright (threshold=30) ↑", "bright (threshold=20) ↑"):
@@ -153,13 +155,16 @@ def test_every_set_metric_is_compared(tmp_path, small_i3d):
     names = ["density", "precision", "recall", "coverage", "fvd_infinity", "fvd"]
     records = [scoring.score(make_run(tmp_path / m, m, limit=20), QUIET, names) for m in ("zoom", "noise")]
     compared = compare_runs(tmp_path / "zoom", tmp_path / "noise", QUIET)
-    assert set(compared.found) == set(names) and not compared.reasons
+    assert {"density", "fvd_infinity", "fvd"} <= set(compared.found)
+    assert {*compared.found, *compared.reasons} == set(names)
+    assert all("the same difference" in reason for reason in compared.reasons.values())  # recall is 0 everywhere
     for name, comparison in compared.found.items():
         one, two = (record.scores[name].value for record in records)
         assert one is not None and two is not None
-        assert comparison.difference == pytest.approx(one - two, rel=1e-9)
+        printed = comparison.difference if comparison.plain is None else comparison.plain
+        assert printed == pytest.approx(one - two, rel=1e-9) and (name == "fvd") == (comparison.plain is not None)
     table = to_markdown(compared, ["zoom", "noise"])
-    assert all(f"| {name} |" in table for name in names)
+    assert all(f"| {name} |" in table for name in compared.found)
 
 
 def test_runs_that_were_scored_by_cards_of_ones_own_are_compared(tmp_path, cheap_metric):
@@ -175,10 +180,18 @@ def test_a_record_never_names_the_code_that_is_run(tmp_path, cheap_metric, monke
     paths = [tmp_path / "zoom", tmp_path / "noise"]
     for path in paths:
         scoring.score(make_run(path, path.name), QUIET, [cheap_metric])
+    by_record = compare_runs(paths[0], paths[1], QUIET).found
+    for path in paths:  # as in a record of an older dcbench: then the features are needed, and so is the card
+        kept = json.loads((path / "record.json").read_text())
+        kept["scores"]["corners"]["replicates"] = None
+        (path / "record.json").write_text(json.dumps(kept))
     monkeypatch.setenv("DCBENCH_CACHE", str(tmp_path / "another machine"))
     reason = compare_runs(paths[0], paths[1], QUIET).reasons["corners"]
     assert "give it: --metrics CARD.toml" in reason
-    assert set(compare_runs(paths[0], paths[1], QUIET, [cheap_metric]).found) == {"corners"}
+    by_features = compare_runs(paths[0], paths[1], QUIET, [cheap_metric]).found
+    assert set(by_features) == {"corners"}
+    assert by_features["corners"].plain == pytest.approx(by_record["corners"].plain, rel=1e-9)
+    assert by_features["corners"].p_value == pytest.approx(by_record["corners"].p_value, rel=1e-6)
     other = tmp_path / "corners.py"
     other.write_text(Path(cheap_metric).with_suffix(".py").read_text() + "# other\n")
     (tmp_path / "corners.toml").write_text(re.sub('".*/corners.py', '"corners.py', Path(cheap_metric).read_text()))
