@@ -7,11 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from dcbench.catalogue import find_metric, load_entry_point
 from dcbench.errors import UserError
+from dcbench.metrics import FrechetVideoDistance, KernelVideoDistance, Motion
 from dcbench.metrics.base import Observations, score_statistic
 from dcbench.metrics.design import Design, as_design, replicates
 from dcbench.metrics.distances import score_frechet, score_frechet_infinity, score_kernel
 from dcbench.metrics.statistics import jackknife
+from dcbench.models.base import Runtime
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*clips:UserWarning")  # small samples are what these tests use
 
 
 def rows(count: int, seed: int, shift: float = 0.0) -> Tensor:
@@ -116,3 +121,48 @@ def test_observations_know_their_design() -> None:
     apart = Observations([1, 2], [1, 2], ["a", "b"], ["c", "d"]).design
     assert paired is not None and len(paired.strata()) == 1
     assert apart is not None and len(apart.strata()) == 2 and apart.digest != paired.digest
+
+
+@pytest.mark.parametrize(
+    ("kind", "score"), [(FrechetVideoDistance, score_frechet), (KernelVideoDistance, score_kernel)]
+)
+def test_class_function_and_observations_agree_to_the_last_bit(kind: type, score) -> None:
+    """Paired clips, two a video; the class gets them in other batches and another order on each side."""
+    real, made, groups = rows(48, 0), rows(48, 1, 0.4), names(48, 2)
+    expected = score(real, made, groups)
+    for seed in (0, 1):
+        metric = kind()
+        for side, is_real in ((real, True), (made, False)):
+            order = torch.randperm(48, generator=torch.Generator().manual_seed(seed + 10 * is_real)).tolist()
+            for part in (order[:7], order[7:]):
+                metric.update_features(side[part], real=is_real, groups=[groups[k] for k in part])
+        assert metric.compute_with_interval() == expected and float(metric.compute()) == expected.value
+    seen = Observations(list(made), list(real), groups, groups)
+    card = find_metric("fvd" if kind is FrechetVideoDistance else "kvd")
+    built = load_entry_point(card)(card, Runtime())
+    assert built.score(seen).model_dump() == expected.model_dump()
+
+
+def test_the_class_refuses_groups_of_some_clips_only() -> None:
+    metric = FrechetVideoDistance()
+    metric.update_features(rows(4, 0), real=True, groups=names(4))
+    with pytest.raises(UserError, match="earlier clips have groups"):
+        metric.update_features(rows(4, 0), real=True)
+    with pytest.raises(UserError, match="3 groups for 4 clips"):
+        metric.update_features(rows(4, 0), real=False, groups=names(3))
+    metric.update_features(rows(4, 1), real=False)
+    with pytest.raises(UserError, match="for 4 reference and 0 generated clips"):
+        metric.compute_with_interval()
+
+
+def test_per_clip_classes_take_groups() -> None:
+    """Five clips of each of six inputs: the interval is that of six observations."""
+    motion, apart = Motion(), Motion()
+    clips = torch.randint(0, 256, (6, 2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    clips = clips.repeat_interleave(5, 0)
+    motion.update(clips, groups=names(30, 5, "input"))
+    apart.update(clips)
+    together, alone = motion.compute_with_interval(), apart.compute_with_interval()
+    assert (together.n_groups, alone.n_groups) == (6, 30) and together.value == alone.value
+    assert together.ci95 and alone.ci95
+    assert together.ci95[1] - together.ci95[0] > 1.5 * (alone.ci95[1] - alone.ci95[0])

@@ -11,6 +11,7 @@ import dcbench
 from dcbench import video
 from dcbench.errors import UserError
 from dcbench.metrics.ssim import ssim
+from dcbench.record import Case, Record, read_manifest, read_record
 from dcbench.runs import planning
 from dcbench.runs.folders import score_folders
 from dcbench.runs.run import Options
@@ -77,3 +78,37 @@ def test_a_folder_that_is_gone_is_named(scored: Path, tmp_path: Path):
     (tmp_path / "made").rename(tmp_path / "moved")
     with pytest.raises(UserError, match="made is no folder"):
         dcbench.score(scored)
+
+
+def test_groups_of_folders_widen_the_interval(tmp_path: Path, cheap_metric: str):
+    """Twelve clips of four inputs: named in a file of both folders, or in groups.csv of each. A typo is an error."""
+    names = [f"{image}{k}" for image in "abcd" for k in range(3)]
+    for side, seed in (("made", 0), ("real", 50)):
+        for name in names:
+            make_clips(tmp_path / side, "x", seed + 5 * "abcd".index(name[0]))  # the clips of one input are equal
+            (tmp_path / side / "x.mp4").rename(tmp_path / side / f"{name}.mp4")
+    rows = "file,group\n" + "".join(f"{name}.mp4,{name[0]}\n" for name in names)
+
+    def scored(out: str, groups: Path | None = None) -> tuple[Record, list[Case]]:
+        sides = tmp_path / "made", tmp_path / "real"
+        run = score_folders(*sides, "folders", QUIET, [cheap_metric, "ssim_image"], tmp_path / out, groups)
+        return read_record(run), read_manifest(run / "generated.jsonl")
+
+    alone = scored("alone")[0].scores
+    (tmp_path / "groups.csv").write_text(rows)
+    record, cases = scored("given", tmp_path / "groups.csv")
+    assert {case.id: case.group for case in cases} == {name: name[0] for name in names}
+    for name in ("corners", "ssim_image"):
+        assert record.scores[name].n_groups == 4 and alone[name].n_groups == 12
+        wide, narrow = record.scores[name].ci95, alone[name].ci95
+        assert wide and narrow and wide[1] - wide[0] > narrow[1] - narrow[0]
+    assert "jackknife over 4 blocks of source videos" in record.scores["corners"].ci_method
+    for side in ("made", "real"):
+        (tmp_path / side / "groups.csv").write_text(rows)
+    assert scored("own")[0].scores == record.scores
+    (tmp_path / "typo.csv").write_text("file,group\nelsewhere,a\n")
+    with pytest.raises(UserError, match="none of its 1 rows names a video"):
+        scored("typo", tmp_path / "typo.csv")
+    (tmp_path / "two.csv").write_text("file,group\na0,a\na0,b\n")
+    with pytest.raises(UserError, match=r"a0.mp4 is in two groups, a, b"):
+        scored("two", tmp_path / "two.csv")

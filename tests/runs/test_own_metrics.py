@@ -274,3 +274,14 @@ def test_a_case_that_lacks_what_a_metric_needs_has_no_value_and_the_reason_is_sa
         ["id", "motion"],
         ["id", "reference"],
     ]
+
+
+@pytest.mark.parametrize("limit", [2, 3, 20])
+def test_real_against_itself_is_at_distance_zero(tmp_path, small_i3d, limit):
+    """At any number of clips. KVD with all pairs is not: a clip is there compared with itself."""
+    names = ["fvd", "kvd", "kvd_all_pairs", *(["fvd_infinity"] if limit > 15 else [])]
+    scores = scoring.score(make_run(tmp_path / "run", "real", limit=limit), QUIET, names).scores
+    assert scores["fvd"].value == 0 and scores["kvd"].value == 0
+    assert limit < 16 or scores["fvd_infinity"].value == pytest.approx(0, abs=1e-6)
+    assert (scores["kvd_all_pairs"].value or 0) < 0
+    assert scores["kvd"].details["all_pairs"] == scores["kvd_all_pairs"].value
