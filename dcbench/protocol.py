@@ -23,6 +23,11 @@ from dcbench.seeding import clip_seed
 FOLDER = Path(__file__).parent / "protocols"
 
 
+def _later(default: str) -> Any:
+    """A field that older protocols do not have. It is not written while it has its default: fingerprints stay."""
+    return Field(default=default, exclude_if=lambda value: value == default)
+
+
 class Protocol(Facts):
     """The choices that an evaluation must fix."""
 
@@ -50,6 +55,9 @@ class Protocol(Facts):
     antialias: bool = True
     # which text
     caption: Literal["first", "random", "none"] = "first"
+    # what metrics of sets, such as FVD, compare
+    reference_videos: Literal["paired", "disjoint"] = _later("paired")  # disjoint: videos that are not animated
+    scored_frames: Literal["all", "without_condition"] = _later("all")  # of both sides
     dataset_options: dict[str, Any] = {}
     # values for single datasets: any field above
     datasets: dict[str, dict[str, Any]] = {}
@@ -65,6 +73,13 @@ class Protocol(Facts):
         data = self.model_dump() | own | {"datasets": {}}
         return validate(data, Protocol, f"protocol {self.name} for {dataset}")
 
+    @property
+    def compared(self) -> str:
+        """What metrics of sets compare, in words. "" for the usual: every frame, with the videos that are animated."""
+        videos = "with videos that are not animated" if self.reference_videos == "disjoint" else ""
+        frames = "without the condition frame" if self.scored_frames == "without_condition" else ""
+        return ", ".join(filter(None, (videos, frames)))
+
     def identity(self) -> dict[str, Any]:
         """The fields that the fingerprint covers: all but title, summary and datasets."""
         return self.model_dump(mode="json", exclude={"title", "summary", "datasets"})
@@ -78,6 +93,7 @@ class ProbedVideo(Interface):
 
 
 ItemT = Any  # an item of a dataset; id, path, captions, label and group are used
+Probe = Callable[[Sequence[ItemT]], Iterable[ProbedVideo | UserError]]
 
 
 def protocols() -> dict[str, Protocol]:
@@ -151,7 +167,7 @@ def choose_caption(protocol: Protocol, item_id: str, captions: tuple[str, ...]) 
 def plan_clips(
     protocol: Protocol,
     items: Sequence[ItemT],
-    probe: Callable[[Sequence[ItemT]], Iterable[ProbedVideo | UserError]],
+    probe: Probe,
     run_seed: int,
     limit: int | None = None,
 ) -> tuple[list[Case], list[Excluded]]:
@@ -159,17 +175,78 @@ def plan_clips(
 
     `probe` gets the items in the protocol's order and yields a result for each. It must be lazy: only the needed
     results are taken. A video that is too short is replaced by the next one. A video that cannot be read (its result is
-    a UserError) is not replaced, so the sample is smaller. UserError if two ids are equal or no video is usable.
+    a UserError) is not replaced, so the sample is smaller. UserError if two ids are equal, no video is usable, or too
+    few are left to compare with.
     """
     ids = Counter(item.id for item in items)
     if twice := sorted(item_id for item_id, count in ids.items() if count > 1):
         raise UserError(f'the dataset has two videos with the id "{twice[0]}"; ids must be unique')
     wanted = len(items) if protocol.selection == "all" else protocol.num_clips
     wanted = min(wanted, limit) if limit else wanted
+    disjoint = protocol.reference_videos == "disjoint"
+    if disjoint and 2 * wanted > len(items):  # found before any video is read
+        raise _too_few(protocol, wanted, max(0, len(items) - wanted))
+    chosen, excluded = _choose(protocol, ordered(items, protocol), probe, run_seed, wanted)
+    if not chosen:
+        raise UserError(
+            f"protocol {protocol.name}: no usable clip among {len(items)} videos of split {protocol.split!r}"
+            + (f"; for example {excluded[0].id}: {excluded[0].reason}" if excluded else "")
+        )
+    if disjoint:
+        chosen, more = add_apart(protocol, chosen, items, probe, run_seed, excluded)
+        excluded += more
+    return sorted(chosen, key=lambda case: case.id), sorted(excluded, key=lambda entry: entry.id)
+
+
+def add_apart(
+    protocol: Protocol,
+    cases: Sequence[Case],
+    items: Sequence[ItemT],
+    probe: Probe,
+    run_seed: int,
+    excluded: Sequence[Excluded] = (),
+) -> tuple[list[Case], list[Excluded]]:
+    """The cases, each with the clip of a video that is not animated; and those of such videos that are excluded.
+
+    They are the next usable videos in the protocol's order, never of a source video that is animated. The last cases
+    have none if a video cannot be read. UserError if there are too few.
+    """
+    animated = {case.group or case.id for case in cases}
+    known = {entry.id for entry in excluded}
+    order = [
+        item
+        for item in ordered(items, protocol)
+        if (item.group or item.id) not in animated and item.id not in known  # known to be too short, or unreadable
+    ]
+    if len(order) < len(cases):
+        raise _too_few(protocol, len(cases), len(order))
+    others, more = _choose(protocol, order, probe, run_seed, len(cases))
+    lost = sum(entry.rule == "unreadable" for entry in more)
+    if len(others) + lost < len(cases):
+        raise _too_few(protocol, len(cases), len(others))
+    compared = [case.model_copy(update={"apart": other}) for case, other in zip(cases, others, strict=False)]
+    return [*compared, *cases[len(others) :]], more
+
+
+def _too_few(protocol: Protocol, wanted: int, found: int) -> UserError:
+    return UserError(
+        f'protocol {protocol.name}: reference_videos = "disjoint" compares {wanted} animated videos with as many '
+        f"others, and split {protocol.split!r} has only {found} usable ones of other source videos. Animate fewer "
+        'videos (--limit), or set reference_videos = "paired"'
+    )
+
+
+def _choose(
+    protocol: Protocol,
+    order: Sequence[ItemT],
+    probe: Probe,
+    run_seed: int,
+    wanted: int,
+) -> tuple[list[Case], list[Excluded]]:
+    """The cases of the first `wanted` videos in `order`, and the videos that are excluded. See `plan_clips`."""
     chosen: list[Case] = []
     excluded: list[Excluded] = []
     lost = 0
-    order = ordered(items, protocol)
     for item, info in zip(order, probe(order), strict=False):
         if isinstance(info, UserError):
             excluded.append(Excluded(id=item.id, reason=str(info), rule="unreadable"))
@@ -182,12 +259,7 @@ def plan_clips(
             chosen.append(case)
         if len(chosen) + lost >= wanted:
             break
-    if not chosen:
-        raise UserError(
-            f"protocol {protocol.name}: no usable clip among {len(items)} videos of split {protocol.split!r}"
-            + (f"; for example {excluded[0].id}: {excluded[0].reason}" if excluded else "")
-        )
-    return sorted(chosen, key=lambda case: case.id), sorted(excluded, key=lambda entry: entry.id)
+    return chosen, excluded
 
 
 def make_case(protocol: Protocol, item: ItemT, info: ProbedVideo, run_seed: int) -> Case | None:
@@ -220,5 +292,5 @@ def fingerprint(protocol: Protocol, dataset: str, cases: Sequence[Case]) -> str:
 
     Two numbers may be compared when their fingerprints are equal.
     """
-    clips = [case.model_dump(mode="json", exclude={"seed"}) for case in cases]
+    clips = [case.model_dump(mode="json", exclude={"seed": True, "apart": {"seed"}}) for case in cases]
     return digest({"protocol": protocol.identity(), "dataset": dataset, "clips": clips})

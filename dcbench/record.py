@@ -4,11 +4,11 @@
 dates) is in `cost.json`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from dcbench.errors import UserError
 from dcbench.facts import validate
@@ -35,6 +35,8 @@ class Case(Stored):
     label: str | None = None
     group: str | None = None
     seed: int
+    # the clip of another video that metrics of sets compare with (protocol: reference_videos = "disjoint")
+    apart: "Case | None" = Field(default=None, exclude_if=lambda apart: apart is None)
 
 
 class Excluded(Stored):
@@ -132,12 +134,17 @@ def read_manifest(path: Path) -> list[Case]:
     if not items:
         raise UserError(f"{path} lists no clips; expected one JSON object per line, as in the manifest.jsonl of a run")
     seen: set[str] = set()
-    for item in items:
+    for item in with_apart(items):
         check_clip_id(item.id)
         if item.id in seen:
             raise UserError(f'{path}: the clip id "{item.id}" appears twice')
         seen.add(item.id)
     return items
+
+
+def with_apart(cases: Sequence[Case]) -> list[Case]:
+    """The cases, and then the clips of other videos that they are compared with."""
+    return [*cases, *(case.apart for case in cases if case.apart)]
 
 
 def check_clip_id(clip_id: str) -> str:

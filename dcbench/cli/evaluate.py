@@ -177,6 +177,8 @@ def _print_plan(run: "Run") -> None:
     print(f"dataset      {run.plan.dataset['name']}, split {run.protocol.split}")
     print(f"protocol     {run.protocol.name} version {run.protocol.version}, fingerprint {run.plan.fingerprint}")
     print(f"clips        {len(run.cases)} of {run.protocol.num_frames} frames at stride {run.protocol.frame_stride}")
+    if run.protocol.compared:
+        print(f"compared     {run.protocol.compared}")
     print(f"left out     {short} too short, {len(lost)} unreadable")
     print(f"first clip   {first.id}: frames {first.frames[0]}-{first.frames[-1]} of {first.video}, '{first.prompt}'")
     print(f"would go to  {run.directory.path}")
@@ -248,6 +250,7 @@ def list_(
     width = max(len(name) for name in found)
     for name, card in found.items():
         mark = " " if getattr(card, "available", True) else "-"
-        print(f"{mark} {name:<{width}}  {card.title}: {' '.join(card.summary.split())}")
+        compared = f" [{card.compared}]" if getattr(card, "compared", "") else ""
+        print(f"{mark} {name:<{width}}  {card.title}: {' '.join(card.summary.split())}{compared}")
     if any(not getattr(card, "available", True) for card in found.values()):
         print("\n- = not available yet; reports show its published numbers")

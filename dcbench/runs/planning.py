@@ -13,9 +13,9 @@ from dcbench.errors import UserError, near_match
 from dcbench.facts import validate
 from dcbench.files import canonical, digest, read_jsonl, write_json, write_text
 from dcbench.progress import track
-from dcbench.protocol import Protocol, fingerprint, plan_clips
+from dcbench.protocol import Protocol, add_apart, fingerprint, plan_clips
 from dcbench.ranks import join_ranks, on_first_rank
-from dcbench.record import Case, Plan
+from dcbench.record import Case, Plan, with_apart
 from dcbench.runs.directory import RunDirectory
 from dcbench.runs.run import Run
 from dcbench.version import __version__
@@ -115,6 +115,11 @@ def plan_folders(
     """
     join_ranks()
     resolved = protocol.resolved("folder")
+    if resolved.reference_videos == "disjoint":
+        raise UserError(
+            f'protocol {protocol.name}: reference_videos = "disjoint" chooses reference videos, but here --reference '
+            'names them. Use a protocol with "paired", and put the videos that you want to compare with in that folder'
+        )
     name, title = generated.resolve().name, reference.resolve().name
 
     def make() -> tuple[Run, list[Case]]:
@@ -262,18 +267,41 @@ def _probe(wanted: int, what: str, quiet: bool) -> Callable[[Sequence[Item]], It
 
 def _check_manifest(cases: list[Case], items: dict[str, Item], protocol: Protocol, path: Path) -> None:
     """Raise UserError if a given manifest does not fit this dataset and this protocol."""
-    unknown = [case.id for case in cases if case.id not in items]
+    listed = with_apart(cases)
+    unknown = [case.id for case in listed if case.id not in items]
     if unknown:
         raise UserError(
-            f"{path}: {len(unknown)} of {len(cases)} clips are not in this dataset's split {protocol.split!r}, "
+            f"{path}: {len(unknown)} of {len(listed)} clips are not in this dataset's split {protocol.split!r}, "
             f"for example {unknown[0]!r}; the split has ids such as {next(iter(items), 'nothing: it is empty')!r}"
         )
-    wrong = [case.id for case in cases if len(case.frames) != protocol.num_frames]
+    wrong = [case.id for case in listed if len(case.frames) != protocol.num_frames]
     if wrong:
         raise UserError(f"{path}: clip {wrong[0]} does not have the protocol's {protocol.num_frames} frames")
-    bad = [case.id for case in cases if min(case.frames) < 0 or not 0 <= case.condition_frame < len(case.frames)]
+    bad = [case.id for case in listed if min(case.frames) < 0 or not 0 <= case.condition_frame < len(case.frames)]
     if bad:
         raise UserError(f"{path}: clip {bad[0]} has a frame number or condition_frame that cannot exist")
+    _check_apart(cases, protocol, path)
+
+
+def _check_apart(cases: Sequence[Case], protocol: Protocol, path: Path) -> None:
+    """Raise UserError if a given manifest does not compare with the videos that the protocol says."""
+    apart = [case.apart for case in cases if case.apart]
+    if bool(apart) != (protocol.reference_videos == "disjoint"):
+        lists, fitting = ("lists", "disjoint") if apart else ("does not list", "paired")
+        raise UserError(
+            f"{path} {lists} videos apart to compare with, but protocol {protocol.name} has reference_videos = "
+            f'"{protocol.reference_videos}". Give the manifest of another run, or a protocol with "{fitting}"'
+        )
+    animated = {case.group or case.id for case in cases}
+    if tied := [case.id for case in apart if (case.group or case.id) in animated]:
+        raise UserError(f"{path}: {tied[0]} is to be compared with, but its source video is animated")
+
+
+def choose_apart(run: Run, cases: Sequence[Case], quiet: bool) -> list[Case]:
+    """Cases of a "paired" run with the clips apart that "disjoint" chooses. UserError if there are too few videos."""
+    probe = _probe(len(cases), "reading videos", quiet)
+    items = list(run.items.values())
+    return add_apart(run.protocol, cases, items, probe, run.plan.seed, run.plan.excluded)[0]
 
 
 def _begun(directory: RunDirectory, request: dict[str, Any]) -> Chosen | None:

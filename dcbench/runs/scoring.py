@@ -26,6 +26,7 @@ from dcbench.metrics.base import Metric, Observations, SetMetric, View
 from dcbench.metrics.cache import FeatureCache
 from dcbench.models.base import Runtime
 from dcbench.progress import track
+from dcbench.protocol import Protocol
 from dcbench.ranks import gather, join_ranks, on_first_rank, rank, world_size
 from dcbench.record import Case, Cost, Failure, Record, Score
 from dcbench.runs.run import Options, Run
@@ -130,7 +131,8 @@ class Seen:
     generated: dict[str, dict[str, Any]] = field(default_factory=dict)  # key -> case id -> observation
     reference: dict[str, dict[str, Any]] = field(default_factory=dict)
     lacking: dict[str, dict[str, str]] = field(default_factory=dict)  # key -> case id -> the missing input
-    pixels: dict[str, list[str]] = field(default_factory=dict)  # case id -> hashes of [reference, generated]; "": none
+    # case id -> hashes of [reference, generated]; "": none. Also of the cases apart, which are not generated
+    pixels: dict[str, list[str]] = field(default_factory=dict)
     decoders: dict[str, str] = field(default_factory=dict)  # case id -> the decoder of the reference
     failures: list[Failure] = field(default_factory=list)
 
@@ -147,11 +149,13 @@ class Seen:
         """A metric's observations in the order of the cases. Cases without an observation are left out."""
         made, real = (side.get(metric.observation_key, {}) for side in (self.generated, self.reference))
         generated, reference = ([case for case in cases if case.id in side] for side in (made, real))
+        # the reference clips of a set metric are those of the cases apart, where there are any
+        observed = [(isinstance(metric, SetMetric) and case.apart) or case for case in reference]
         return Observations(
             [made[case.id] for case in generated],
             [real[case.id] for case in reference],
             [case.group or case.id for case in generated],
-            [case.group or case.id for case in reference],
+            [case.group or case.id for case in observed],
         )
 
 
@@ -164,6 +168,8 @@ class Prepared:
     generated: Tensor | None
     truth: Mapping[str, Any] | None
     seen: Seen
+    protocol: Protocol
+    apart: "Prepared | None" = None  # of the case apart
     error: UserError | None = None  # of a metric; for a clip that cannot be read, the worker raises UserError
 
 
@@ -179,14 +185,9 @@ def observe(run: Run, metrics: Sequence[Metric], cache: FeatureCache | None, cas
     cores = torch.get_num_threads()
 
     def prepare(case: Case) -> Prepared:
-        seen, reference, generated = Seen(), None, None
-        if run.has_reference(case):
-            reference, seen.decoders[case.id] = run.reference(case)
-        if run.has_generated(case):
-            generated = run.generated(case)
-        seen.pixels[case.id] = [pixels_sha256(clip) if clip is not None else "" for clip in (reference, generated)]
-        item = run.items.get(case.id)
-        done = Prepared(case, reference, generated, item.truth if item else None, seen)
+        done = _read(run, case, Seen(), run.has_generated(case))
+        if run.protocol.reference_videos == "disjoint" and case.apart:
+            done.apart = _read(run, case.apart, done.seen, generated=False)
         try:
             for metric in parallel:
                 _observe_case(metric, done, cache)
@@ -208,17 +209,38 @@ def observe(run: Run, metrics: Sequence[Metric], cache: FeatureCache | None, cas
         yield got.seen
 
 
+def _read(run: Run, case: Case, seen: Seen, generated: bool) -> Prepared:
+    """Decode the reference of a case and, if `generated`, the clip made for it."""
+    reference = made = None
+    if run.has_reference(case):
+        reference, seen.decoders[case.id] = run.reference(case)
+    if generated:
+        made = run.generated(case)
+    seen.pixels[case.id] = [pixels_sha256(clip) if clip is not None else "" for clip in (reference, made)]
+    item = run.items.get(case.id)
+    return Prepared(case, reference, made, item.truth if item else None, seen, run.protocol)
+
+
 def _observe_case(metric: Metric, of: Prepared, cache: FeatureCache | None) -> None:
-    """Store a metric's observation of the generated clip and, if it observes references, of the reference clip."""
-    case, key = of.case, metric.observation_key
-    for clip, table in ((of.generated, of.seen.generated), (of.reference, of.seen.reference)):
-        if clip is None or (clip is of.reference and not metric.observes_reference):
+    """Store a metric's observation of the generated clip and, if it observes references, of the reference clip.
+
+    The protocol says which reference clip and which frames metrics of sets see.
+    """
+    key, is_set = metric.observation_key, isinstance(metric, SetMetric)
+    sides = [(of, of.generated, of.seen.generated)]
+    other = of.apart if is_set and of.protocol.reference_videos == "disjoint" else of
+    if other and metric.observes_reference:
+        sides.append((other, other.reference, of.seen.reference))
+    for side, clip, table in sides:
+        if clip is None:
             continue
-        view = _view(metric, clip, of)
+        if is_set and of.protocol.scored_frames == "without_condition":
+            clip = torch.cat([clip[: side.case.condition_frame], clip[side.case.condition_frame + 1 :]])
+        view = _view(metric, clip, side)
         if lack := metric.lacks(view):
-            of.seen.lacking.setdefault(key, {})[case.id] = lack
+            of.seen.lacking.setdefault(key, {})[of.case.id] = lack
         else:
-            table[key] = {case.id: _observation(metric, view, of, cache)}
+            table[key] = {of.case.id: _observation(metric, view, side, cache)}
 
 
 def _view(metric: Metric, clip: Tensor, of: Prepared) -> View:
@@ -239,7 +261,10 @@ def _observation(metric: Metric, view: View, of: Prepared, cache: FeatureCache |
     if cache is None:
         return metric.observe(view)
     hashes = of.seen.pixels[of.case.id]  # of [reference, generated]
-    pixels = hashes[0] if view.clip is of.reference else hashes[1]
+    if view.clip is of.reference or view.clip is of.generated:
+        pixels = hashes[0] if view.clip is of.reference else hashes[1]
+    else:  # a part of a clip
+        pixels = pixels_sha256(view.clip)
     needed = {name: getattr(view, name) for name in sorted(metric.card.needs)}
     if "reference" in needed:
         needed["reference"] = hashes[0]
@@ -359,7 +384,9 @@ def _finish(run: Run, options: Options, metrics: Metrics, seen: Seen, seconds: f
     if run.model is None:
         clips_sha256 = digest([[case.id, seen.pixels.get(case.id)] for case in cases], 64)
     else:
-        clips_sha256 = digest([[case.id, finished[case.id]["sha256"]] for case in cases if case.id in finished], 64)
+        hashes = [[case.id, finished[case.id]["sha256"]] for case in cases if case.id in finished]
+        hashes += [[case.apart.id, *seen.pixels.get(case.apart.id, [])] for case in cases if case.apart]
+        clips_sha256 = digest(hashes, 64)
     if directory.record.is_file():  # keep the scores of other metrics that an earlier call made on the same clips
         before = record.read_record(directory.path)
         if before.clips_sha256 == clips_sha256:
