@@ -6,9 +6,10 @@ The table shows how much FVD and KVD change, and the intervals of the protocol's
 
 import copy
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from dcbench.metrics.base import FeatureExtractor, SetDistance
 from dcbench.metrics.cache import FeatureCache
 from dcbench.metrics.distances import kernel_of, score_frechet, score_kernel
 from dcbench.metrics.extractors import I3DExtractor, i3d_extractor
-from dcbench.record import Case
+from dcbench.record import Case, Failure
 from dcbench.runs import planning
 from dcbench.runs.run import Options, Run
 from dcbench.runs.scoring import observe_all
@@ -35,7 +36,7 @@ CRF = 23  # H.264's default
 
 @dataclass(frozen=True)
 class Choice:
-    """One changed choice: how both sides are read, and the extractor."""
+    """One changed choice: how both sides are read, the extractor, and changed fields of the protocol."""
 
     name: str
     what: str  # for the table
@@ -43,6 +44,7 @@ class Choice:
     generated: Source
     extractor: FeatureExtractor
     is_mistake: bool = False
+    protocol: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,8 @@ def at_fps(fps: float) -> Source:
 
 def first_videos(run: Run) -> Source:
     """Instead of each clip's own reference, one of the dataset's first videos in sorted order, from its first frame."""
-    others = dict(zip((case.id for case in run.cases), sorted(run.items), strict=False))
+    compared = [case.apart or case for case in run.cases]
+    others = dict(zip((case.id for case in compared), sorted(run.items), strict=False))
 
     def read(run: Run, case: Case) -> Tensor:
         clip, _ = video.read(run.items[others[case.id]].video, [frame - case.frames[0] for frame in case.frames])
@@ -199,6 +202,16 @@ def choices(run: Run, base: I3DExtractor, i3d: Sequence[Path] = ()) -> list[Choi
     if sorted(case.id for case in run.cases) != sorted(run.items)[: len(run.cases)]:
         what = f"reference: the dataset's first {len(run.cases)} videos, not those of the clips"
         found.append(Choice("reference-first", what, first_videos(run), own_generated, base, True))
+    found += [
+        Choice(name, what, *own, base, protocol={option: value})
+        for name, what, option, value in (
+            ("disjoint", "reference: other videos than those animated", "reference_videos", "disjoint"),
+            ("paired", "reference: the videos that are animated", "reference_videos", "paired"),
+            ("without-condition", "the condition frame left out of both sides", "scored_frames", "without_condition"),
+            ("with-condition", "the condition frame kept on both sides", "scored_frames", "all"),
+        )
+        if getattr(p, option) != value
+    ]
     other_mode = "squash" if p.resize == "crop" else "crop"
     what = f"reference {'squashed' if other_mode == 'squash' else 'cropped'} to {p.width}x{p.height}, one side only"
     found.append(Choice(f"reference-{other_mode}", what, resized(mode=other_mode), own_generated, base, True))
@@ -291,10 +304,12 @@ def measure(
     offered = choices(run, base, i3d)
     _check_names(only, [choice.name for choice in offered])
     kernel = kernel_of(find_metric("kvd").options)
-    features = _features(run, cases, Choice("", "", own_reference, own_generated, base), options)
+    features, failures = _features(run, cases, Choice("", "", own_reference, own_generated, base), options)
     kept = list(features)
     if len(kept) < 4:
-        raise UserError(f"only {len(kept)} of {len(cases)} clips of {path} can be read; at least 4 are needed")
+        raise UserError(
+            f"only {len(kept)} of {len(cases)} clips of {path} can be read; at least 4 are needed{_example(failures)}"
+        )
 
     names = {case.id: case.group or case.id for case in cases}
 
@@ -306,9 +321,14 @@ def measure(
     for choice in offered:
         if only and choice.name not in only:
             continue
-        changed = _features(run, [case for case in cases if case.id in features], choice, options)
+        try:
+            changed, failures = _features(run, [case for case in cases if case.id in features], choice, options)
+        except UserError as error:
+            skipped.append(f"{choice.what}: {error}")
+            continue
         if len(changed) < 4:
-            skipped.append(f"{choice.what}: {len(kept) - len(changed)} of {len(kept)} videos are too short for it")
+            lost = f"{len(kept) - len(changed)} of {len(kept)} clips cannot be read in this way"
+            skipped.append(f"{choice.what}: {lost}{_example(failures)}")
             continue
         ids = list(changed)
         pairs = _pairs(distances(changed, ids), distances(features, ids))
@@ -329,31 +349,41 @@ def _check_names(only: Sequence[str] | None, names: Sequence[str]) -> None:
             raise UserError(f'no choice is called "{name}".{near_match(name, names)} Known: {", ".join(names)}.')
 
 
+def _example(failures: Sequence[Failure]) -> str:
+    return f"; for example {failures[0].id}: {failures[0].reason}" if failures else ""
+
+
 def _pairs(changed: tuple[float, float], own: tuple[float, float]) -> tuple[float, float, float, float]:
     return changed[0], own[0], changed[1], own[1]
 
 
 class OtherwiseRead(Run):
-    """A run whose pixels are read by the sources of a choice."""
+    """A run whose pixels are read by the sources of a choice, and compared as its fields of the protocol say."""
 
     def __init__(self, own: Run, cases: Sequence[Case], choice: Choice) -> None:
-        super().__init__(own.directory, own.plan, list(cases), own.protocol, own.items, own.model, own.folder)
+        protocol = own.protocol.model_copy(update=choice.protocol)
+        super().__init__(own.directory, own.plan, list(cases), protocol, own.items, own.model, own.folder)
         self.own, self.choice = own, choice
 
     def reference(self, case: Case, frames: Sequence[int] | None = None) -> tuple[Tensor, str]:
+        if case.apart and self.protocol.reference_videos == "disjoint":
+            return self.own.reference(case)  # it is not compared; the one apart is
         return self.choice.reference(self.own, case), "by the choice"
 
     def generated(self, case: Case) -> Tensor:
         return self.choice.generated(self.own, case)
 
 
-def _features(run: Run, cases: Sequence[Case], choice: Choice, options: Options) -> Features:
-    """The features of the cases under a choice. Clips that cannot be read are left out."""
+def _features(run: Run, cases: Sequence[Case], choice: Choice, options: Options) -> tuple[Features, list[Failure]]:
+    """The features of the cases under a choice, and the clips that cannot be read: they are left out."""
+    if choice.protocol.get("reference_videos") == "disjoint":
+        cases = planning.choose_apart(run, cases, options.quiet)
     metric = SetDistance(find_metric("fvd"), choice.extractor, score_frechet)
     changed = OtherwiseRead(run, cases, choice)
     seen = observe_all(changed, [metric], options, FeatureCache(), choice.name or "own protocol")
     real, made = (side.get(metric.observation_key, {}) for side in (seen.reference, seen.generated))
-    return {case.id: (real[case.id], made[case.id]) for case in cases if case.id in made}
+    rows = {case.id: (real[case.id], made[case.id]) for case in cases if case.id in made and case.id in real}
+    return rows, seen.failures
 
 
 def _fewer_clips(features: Features, kept: Sequence[str], distances: Callable) -> list[Outcome]:
