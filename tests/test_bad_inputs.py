@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dcbench import cli, video
+from dcbench import cli, protocol, video
 
 RUN = ["run", "--model", "zoom", "--dataset", "shapes"]
 
@@ -23,6 +23,8 @@ def world(folder: Path) -> None:
     (folder / "foreign.jsonl").write_text(
         '{"id":"cat","video":"cat.mp4","frames":[0],"fps":8,"frame_stride":1,"prompt":"","caption_index":-1,"seed":1}\n'
     )
+    folders = (Path(protocol.__file__).parent / "protocols" / "folders.toml").read_text()
+    (folder / "apart.toml").write_text(folders + 'reference_videos = "disjoint"\n')
     (folder / "broken.py").write_text("class MyModel(:\n")
     (folder / "other").mkdir()
     (folder / "other" / "notes.txt").write_text("mine")
@@ -81,6 +83,10 @@ CASES = {
     "layout that is not known": (
         ["data", "make", "shapes", "--layout", "ucf", "--videos", "4", "--out", "made"],
         'Did you mean "ucf101"',
+    ),
+    "two folders and videos apart": (
+        ["score", "clips", "--reference", "clips", "--protocol", "apart.toml"],
+        'reference_videos = "disjoint" chooses reference videos, but here --reference names them',
     ),
     "split that is not there": (["data", "verify", "shapes", "--split", "tset"], 'Did you mean "test"'),
 }

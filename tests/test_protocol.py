@@ -83,10 +83,95 @@ def test_the_sampling_seed_is_no_part_of_the_fingerprint_but_every_cause_of_diff
         {"num_clips": 21}, {"selection": "first"}, {"selection_seed": 2}, {"num_frames": 15}, {"frame_stride": 2},
         {"start": "first"}, {"short_videos": "shrink_stride"}, {"condition": "random"}, {"height": 16}, {"width": 16},
         {"resize": "squash"}, {"interpolation": "bicubic"}, {"antialias": False}, {"caption": "random"},
-        {"decoder": "pyav"}, {"split": "train"}, {"version": 2},
+        {"decoder": "pyav"}, {"split": "train"}, {"version": 2}, {"reference_videos": "disjoint"},
+        {"scored_frames": "without_condition"},
     ]  # fmt: skip
     prints = [fingerprint(p := protocol(**change), "d", plan(p, VIDEOS)[0]) for change in changes]
     assert len({print_of, fingerprint(base, "other", manifest), *prints}) == len(changes) + 2
+
+
+def test_fingerprints_of_older_protocols_do_not_move():
+    """Recorded before `reference_videos` and `scored_frames` were added."""
+    base = protocol()
+    assert fingerprint(base, "d", plan(base, VIDEOS)[0]) == "fa186a34bbeb46f4"
+    assert not {"reference_videos", "scored_frames"} & set(base.model_dump())
+    assert all(not {"reference_videos", "scored_frames"} & set(known.identity()) for known in protocols().values())
+
+
+# --- the clips apart ---
+
+DISJOINT = protocol(reference_videos="disjoint")
+
+
+def test_the_clips_apart_are_the_next_ones_in_the_seeded_order():
+    """The animated videos and those apart are, together, what twice as many clips would be."""
+    chosen, _ = plan(DISJOINT, VIDEOS)
+    assert [case.model_copy(update={"apart": None}) for case in chosen] == plan(protocol(), VIDEOS)[0]
+    both = [part for case in chosen for part in (case.model_copy(update={"apart": None}), case.apart) if part]
+    assert sorted(both, key=lambda case: case.id) == plan(protocol(num_clips=40), VIDEOS)[0]
+    shuffled = VIDEOS.copy()
+    random.Random(1).shuffle(shuffled)
+    assert plan(DISJOINT, shuffled)[0] == chosen
+    other = plan(protocol(reference_videos="disjoint", selection_seed=1), VIDEOS)[0]
+    assert {case.apart.id for case in other if case.apart} != {case.apart.id for case in chosen if case.apart}
+
+
+def test_no_source_video_is_on_both_sides():
+    """Ten videos of each source: the next ones in the order alone would share sources with the animated ones."""
+    videos = [replace(video, group=f"source{k % 20}") for k, video in enumerate(VIDEOS)]
+    chosen = plan(protocol(num_clips=8, reference_videos="disjoint"), videos)[0]
+    animated = {case.group for case in chosen}
+    assert len(chosen) == len({case.apart.id for case in chosen if case.apart}) == 8
+    assert not animated & {case.apart.group for case in chosen if case.apart}
+    naive = [case for case in plan(protocol(num_clips=16), videos)[0] if case.id not in {c.id for c in chosen}]
+    assert animated & {case.group for case in naive}
+
+
+def test_the_seed_of_a_clip_apart_is_no_part_of_the_fingerprint_but_its_video_is():
+    chosen = plan(DISJOINT, VIDEOS)[0]
+    print_of = fingerprint(DISJOINT, "d", chosen)
+    assert print_of == fingerprint(DISJOINT, "d", plan(DISJOINT, VIDEOS, seed=7)[0])
+    swapped = [
+        chosen[0].model_copy(update={"apart": chosen[1].apart}),
+        chosen[1].model_copy(update={"apart": chosen[0].apart}),
+        *chosen[2:],
+    ]
+    assert print_of != fingerprint(DISJOINT, "d", swapped)
+
+
+def test_too_few_other_videos_are_an_error_that_says_how_many_there_are():
+    def never(order):
+        raise AssertionError("videos were read before the error")
+
+    with pytest.raises(UserError, match=r"compares 20 animated .* has only 19 usable ones.*--limit.*\"paired\""):
+        plan_clips(DISJOINT, VIDEOS[:39], never, 0)
+    with pytest.raises(UserError, match=r"compares 200 animated .* has only 0"):
+        plan_clips(protocol(reference_videos="disjoint", selection="all"), VIDEOS, never, 0)
+    one_source = [replace(video, group="one") if k < 190 else video for k, video in enumerate(VIDEOS)]
+    with pytest.raises(UserError, match=r"has only [0-9]+ usable ones of other source videos"):
+        plan(DISJOINT, one_source)
+    short = [replace(v, num_frames=20) for v in VIDEOS if v.id not in {c.id for c in plan(protocol(), VIDEOS)[0]}]
+    usable = [video for video in VIDEOS if video.id not in {v.id for v in short}]
+    with pytest.raises(UserError, match=r"compares 20 animated .* has only 0"):
+        plan(DISJOINT, [*usable, *short])
+    assert len(plan(protocol(reference_videos="disjoint", selection="all"), VIDEOS, limit=100)[0]) == 100
+
+
+def test_an_unreadable_video_apart_is_named_and_not_replaced():
+    broken = next(case.apart.id for case in plan(DISJOINT, VIDEOS)[0] if case.apart)
+
+    def probe(order):
+        return [UserError("damaged") if video.id == broken else video for video in order]
+
+    chosen, excluded = plan_clips(DISJOINT, VIDEOS, probe, 0)
+    assert len(chosen) == 20 and sum(case.apart is not None for case in chosen) == 19
+    assert [(lost.id, lost.reason, lost.rule) for lost in excluded] == [(broken, "damaged", "unreadable")]
+
+
+def test_what_is_compared_is_said_only_when_it_is_not_the_usual():
+    assert protocol().compared == ""
+    both = protocol(reference_videos="disjoint", scored_frames="without_condition")
+    assert both.compared == "with videos that are not animated, without the condition frame"
 
 
 def test_trap_01_the_first_videos_in_sorted_order_are_not_taken():

@@ -17,6 +17,25 @@ def test_a_manifest_survives_a_round_trip_to_the_byte(tmp_path):
     assert path.read_bytes() == first
 
 
+def test_a_clip_apart_survives_too_and_older_lines_keep_their_bytes(tmp_path):
+    path = tmp_path / "manifest.jsonl"
+    both = ITEM.model_copy(update={"apart": ITEM.model_copy(update={"id": "b", "condition_frame": 1})})
+    write_manifest(path, [both])
+    assert read_manifest(path) == [both]
+    write_manifest(path, [ITEM])
+    assert path.read_text() == (
+        '{"caption_index":0,"condition_frame":0,"fps":8.0,"frame_stride":3,"frames":[0,3],"group":null,"id":"a",'
+        '"label":null,"prompt":"λ","seed":1,"video":"a.avi"}\n'
+    )
+    for wrong, message in (("a", "appears twice"), ("a/b", "cannot be a file name")):
+        write_manifest(path, [ITEM.model_copy(update={"apart": ITEM.model_copy(update={"id": wrong})})])
+        with pytest.raises(UserError, match=message):
+            read_manifest(path)
+    path.write_text(canonical(ITEM.model_dump() | {"apart": ITEM.model_dump() | {"frame": 1}}) + "\n")
+    with pytest.raises(UserError, match='Did you mean "frames"'):
+        read_manifest(path)
+
+
 @pytest.mark.parametrize("bad", ["", "a/b", "..", ".hidden", "a\\b", "a\0b", "x" * 200, "a\nb"])
 def test_a_clip_id_cannot_leave_its_folder(bad):
     with pytest.raises(UserError, match="cannot be a file name"):

@@ -1,6 +1,7 @@
 """`doctor protocol`: the same clips under other choices. A small I3D of random weights stands in for the real one."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from dcbench.metrics import extractors
 from dcbench.metrics import functional as fn
 from dcbench.metrics.extractors import I3DExtractor
 from dcbench.protocol import find_protocol
+from dcbench.record import Case
 from dcbench.runs import planning, sampling
-from dcbench.runs.run import Options
+from dcbench.runs.run import Options, Run
 
 QUIET = Options(device="cpu", quiet=True)
 
@@ -42,12 +44,7 @@ class SmallI3D(I3DExtractor):
 @pytest.fixture(scope="module")
 def zoomed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of six clips of 48x64 pixels at stride 2."""
-    out = tmp_path_factory.mktemp("runs") / "zoom"
-    update = {"height": 48, "width": 64, "frame_stride": 2, "start": "first", "datasets": {}}
-    protocol = find_protocol("smoke").model_copy(update=update)
-    job = planning.plan(find_model("zoom"), find_dataset("shapes"), protocol, out=out, limit=6, quiet=True)
-    sampling.sample(job, QUIET)
-    return out
+    return zoom_of(tmp_path_factory.mktemp("runs") / "zoom")
 
 
 @pytest.fixture(autouse=True)
@@ -114,6 +111,65 @@ def test_a_reference_of_the_datasets_first_videos(zoomed: Path) -> None:
     assert [row.name for row in sensitivity.measure(zoomed, QUIET, only=["reference-first"]).rows] == [
         "reference-first"
     ]
+
+
+def zoom_of(out: Path, limit: int = 6, **changes) -> Path:
+    update = {"height": 48, "width": 64, "frame_stride": 2, "start": "first", "datasets": {}} | changes
+    protocol = find_protocol("smoke").model_copy(update=update)
+    job = planning.plan(find_model("zoom"), find_dataset("shapes"), protocol, out=out, limit=limit, quiet=True)
+    sampling.sample(job, QUIET)
+    return out
+
+
+def test_other_reference_videos_and_the_condition_frame_are_choices(zoomed: Path, tmp_path: Path) -> None:
+    """Each row is the value that a run under a protocol of that choice has; from there, the way back is offered."""
+    rows = {row.name: row for row in sensitivity.measure(zoomed, QUIET, only=["disjoint", "without-condition"]).rows}
+    protocols: dict[str, tuple[dict[str, Any], str]] = {
+        "disjoint": ({"reference_videos": "disjoint"}, "paired"),
+        "without-condition": ({"scored_frames": "without_condition"}, "with-condition"),
+    }
+    for name, (changes, back) in protocols.items():
+        other = sensitivity.measure(zoom_of(tmp_path / name, **changes), QUIET, only=[back])
+        assert other.base_fvd == pytest.approx(rows[name].fvd, rel=1e-5)
+        assert other.rows[0].fvd == pytest.approx(rows[name].base_fvd, rel=1e-5)
+        assert abs(rows[name].fvd / rows[name].base_fvd - 1) > 0.1 and not rows[name].is_mistake
+
+
+def test_every_choice_works_where_the_reference_videos_are_others(tmp_path: Path) -> None:
+    """What is read otherwise is the clip apart: its video, its frames."""
+    run = zoom_of(tmp_path / "run", reference_videos="disjoint")
+    result = sensitivity.measure(run, QUIET)
+    assert {row.name for row in result.rows} >= {"paired", "stride-1", "fps-8", "reference-first", "mp4"}
+    job = planning.reopen(run)
+    features = SmallI3D().extract([sensitivity.at_stride(1)(job, case.apart) for case in job.cases if case.apart])
+    made = SmallI3D().extract([job.generated(case) for case in job.cases])
+    row = next(row for row in result.rows if row.name == "stride-1")
+    assert row.fvd == pytest.approx(fn.frechet_distance(features, made), rel=1e-5)
+
+
+def test_a_choice_that_is_not_possible_has_its_own_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not "too short" for a clip that fails otherwise."""
+    card = find_dataset("shapes")
+    few = card.model_copy(update={"options": card.options | {"test_videos": 6}})
+    monkeypatch.setattr(planning, "find_dataset", lambda name: few)
+    protocol = find_protocol("smoke").model_copy(update={"height": 48, "width": 64, "num_frames": 9, "datasets": {}})
+    job = planning.plan(find_model("zoom"), few, protocol, out=tmp_path / "run", limit=4, quiet=True)
+    sampling.sample(job, QUIET)
+
+    def broken(run: Run, case: Case) -> Tensor:
+        raise UserError(f"{case.id}.avi: damaged")
+
+    monkeypatch.setattr(sensitivity, "through_mp4", broken)
+    result = sensitivity.measure(tmp_path / "run", QUIET, only=["disjoint", "without-condition", "mp4"])
+    assert not result.rows
+    text = result.markdown()
+    assert "compares 4 animated videos with as many others, and split 'test' has only 2" in text
+    assert "I3D needs clips of at least 9 frames, got 8" in text
+    assert (
+        f"4 of 4 clips cannot be read in this way; for example {job.cases[0].id}: {job.cases[0].id}.avi: damaged"
+        in text
+    )
+    assert "too short" not in text
 
 
 def test_covariance_over_n_is_the_other_formula(zoomed: Path) -> None:
