@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from dcbench.errors import UserError, near_match
 from dcbench.metrics import functional as fn
 from dcbench.metrics.base import FeatureExtractor, SetDistance
 from dcbench.metrics.cache import FeatureCache
+from dcbench.metrics.design import Design
 from dcbench.metrics.distances import kernel_of, score_frechet, score_kernel
 from dcbench.metrics.extractors import I3DExtractor, i3d_extractor
 from dcbench.record import Case, Failure
@@ -281,7 +282,16 @@ def _change(value: float, base: float) -> str:
     return f"{value - base:+.1f}" + (f" ({100 * (value - base) / base:+.0f} %)" if base > 1e-6 else "")
 
 
-Features = dict[str, tuple[Tensor, Tensor]]  # case id -> rows of the reference and of the generated clip
+class Row(NamedTuple):
+    """The features of a reference clip and of a generated clip, and the groups of these two."""
+
+    real: Tensor
+    made: Tensor
+    real_group: str
+    group: str
+
+
+Features = dict[str, Row]  # by case id
 
 
 def measure(
@@ -311,11 +321,9 @@ def measure(
             f"only {len(kept)} of {len(cases)} clips of {path} can be read; at least 4 are needed{_example(failures)}"
         )
 
-    names = {case.id: case.group or case.id for case in cases}
-
     def distances(table: Features, ids: Sequence[str]) -> tuple[float, float]:
-        real, made = (torch.stack([table[i][side] for i in ids]) for side in (0, 1))
-        return fn.frechet_distance(real, made), fn.kernel_distance(real, made, kernel, groups=[names[i] for i in ids])
+        real, made, design = _sides(table, ids)
+        return fn.frechet_distance(real, made), fn.kernel_distance(real, made, kernel, groups=design)
 
     rows, skipped = [], []
     for choice in offered:
@@ -336,11 +344,17 @@ def measure(
     if not only:
         rows += _fewer_clips(features, kept, distances)
         rows.append(_other_covariance(features, kept, distances))
-    real, made = (torch.stack([features[i][side] for i in kept]) for side in (0, 1))
-    groups = [names[i] for i in kept]
-    fvd, kvd = score_frechet(real, made, groups), score_kernel(real, made, groups, kernel)
+    real, made, design = _sides(features, kept)
+    fvd, kvd = score_frechet(real, made, design), score_kernel(real, made, design, kernel)
     assert fvd.value is not None and kvd.value is not None
     return Sensitivity(fvd.value, fvd.ci95, kvd.value, kvd.ci95, len(kept), rows, skipped)
+
+
+def _sides(table: Features, ids: Sequence[str]) -> tuple[Tensor, Tensor, Design]:
+    """The rows of the reference clips and of the generated clips, and which of them depend on each other."""
+    rows = [table[i] for i in ids]
+    design = Design.of([row.real_group for row in rows], [row.group for row in rows])
+    return torch.stack([row.real for row in rows]), torch.stack([row.made for row in rows]), design
 
 
 def _check_names(only: Sequence[str] | None, names: Sequence[str]) -> None:
@@ -382,7 +396,11 @@ def _features(run: Run, cases: Sequence[Case], choice: Choice, options: Options)
     changed = OtherwiseRead(run, cases, choice)
     seen = observe_all(changed, [metric], options, FeatureCache(), choice.name or "own protocol")
     real, made = (side.get(metric.observation_key, {}) for side in (seen.reference, seen.generated))
-    rows = {case.id: (real[case.id], made[case.id]) for case in cases if case.id in made and case.id in real}
+    rows: Features = {}
+    for case in cases:
+        if case.id in made and case.id in real:
+            other = (changed.protocol.reference_videos == "disjoint" and case.apart) or case
+            rows[case.id] = Row(real[case.id], made[case.id], other.group or other.id, case.group or case.id)
     return rows, seen.failures
 
 
@@ -402,9 +420,9 @@ def _fewer_clips(features: Features, kept: Sequence[str], distances: Callable) -
 
 def _other_covariance(features: Features, kept: Sequence[str], distances: Callable) -> Outcome:
     """FVD with covariances over n, not n - 1: its covariance part is multiplied by (n - 1) / n."""
-    real, made = (torch.stack([features[i][side] for i in kept]).double() for side in (0, 1))
+    real, made, _ = _sides(features, kept)
     fvd, kvd = distances(features, kept)
-    means = float((real.mean(0) - made.mean(0)).square().sum())
+    means = float((real.double().mean(0) - made.double().mean(0)).square().sum())
     biased = means + (fvd - means) * (len(kept) - 1) / len(kept)
     return Outcome(
         "covariance-n", "covariance over n, not n - 1 (StyleGAN-V, cd-fvd)", len(kept), biased, fvd, kvd, kvd

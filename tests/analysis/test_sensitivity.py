@@ -8,15 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from dcbench.analysis import sensitivity
-from dcbench.catalogue import find_dataset, find_model
+from dcbench.catalogue import find_dataset, find_metric, find_model
 from dcbench.errors import UserError
 from dcbench.metrics import extractors
 from dcbench.metrics import functional as fn
+from dcbench.metrics.base import SetDistance
+from dcbench.metrics.distances import score_frechet
 from dcbench.metrics.extractors import I3DExtractor
 from dcbench.protocol import find_protocol
 from dcbench.record import Case
 from dcbench.runs import planning, sampling
 from dcbench.runs.run import Options, Run
+from dcbench.runs.scoring import observe_all
 
 QUIET = Options(device="cpu", quiet=True)
 
@@ -145,6 +148,9 @@ def test_every_choice_works_where_the_reference_videos_are_others(tmp_path: Path
     made = SmallI3D().extract([job.generated(case) for case in job.cases])
     row = next(row for row in result.rows if row.name == "stride-1")
     assert row.fvd == pytest.approx(fn.frechet_distance(features, made), rel=1e-5)
+    metric = SetDistance(find_metric("fvd"), SmallI3D(), score_frechet)
+    own = metric.score(observe_all(job, [metric], QUIET, None).of(metric, job.cases))
+    assert own.ci95 and result.base_fvd_ci95 == pytest.approx(own.ci95, rel=1e-4)  # two independent sides, not pairs
 
 
 def test_a_choice_that_is_not_possible_has_its_own_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,15 +184,18 @@ def test_covariance_over_n_is_the_other_formula(zoomed: Path) -> None:
     from scipy.linalg import sqrtm
 
     generator = torch.Generator().manual_seed(0)
-    table = {str(i): (torch.randn(3, generator=generator), torch.randn(3, generator=generator) + 1) for i in range(20)}
+    table = {
+        str(i): sensitivity.Row(torch.randn(3, generator=generator), torch.randn(3, generator=generator) + 1, "", "")
+        for i in range(20)
+    }
     ids = list(table)
 
     def distances(features: dict, kept: list[str]) -> tuple[float, float]:
-        real, made = (torch.stack([features[i][side] for i in kept]) for side in (0, 1))
+        real, made, _ = sensitivity._sides(features, kept)
         return fn.frechet_distance(real, made), 0.0
 
     row = sensitivity._other_covariance(table, ids, distances)
-    real, made = (np.stack([table[i][side].double().numpy() for i in ids]) for side in (0, 1))
+    real, made = (rows.double().numpy() for rows in sensitivity._sides(table, ids)[:2])
     one, other = np.cov(real.T, bias=True), np.cov(made.T, bias=True)
     slow = np.square(real.mean(0) - made.mean(0)).sum() + np.trace(
         one + other - 2 * np.real(np.asarray(sqrtm(one @ other)))
