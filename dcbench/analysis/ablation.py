@@ -155,7 +155,7 @@ def _scores(suite: Suite, arm: Arm, out: Path, seeds: Sequence[int], places: Pla
         row.add_scores(read_record(folder))
         judge = folder / "judge.json"  # dcbench 0.1 stored the judge's shares for `shapes` in this file
         for name, (value, interval) in read_json(judge).items() if judge.is_file() else ():
-            row.add(name, value, interval)
+            row.add(name, value, interval, is_share=True)
         if is_baseline:
             continue
         if folder == baseline:

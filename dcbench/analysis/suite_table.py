@@ -3,7 +3,7 @@
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class Point:
     replicates: Replicates | None = None
     p_value: float | None = None
     plain: float | None = None
+    is_share: bool = False  # between 0 and 1
 
 
 @dataclass
@@ -47,8 +48,9 @@ class ArmScores:
     no_gap: str = ""  # why there are no gaps
     clips: int = 0
 
-    def add(self, metric: str, value: float, interval: Interval, replicates: Replicates | None = None) -> None:
-        self.scores.setdefault(metric, []).append(Point(value, interval, replicates))
+    def add(self, metric: str, value: float, interval: Interval, **more: Any) -> None:
+        """`more`: other fields of the `Point`."""
+        self.scores.setdefault(metric, []).append(Point(value, interval, **more))
 
     def add_scores(self, record: Record) -> None:
         """Add the scores of a finished run. Those of the data set's own metrics come last."""
@@ -58,7 +60,8 @@ class ArmScores:
             if score.value is None:
                 self.reasons[name] = score.reason or "no reason given"
             else:
-                self.add(name, score.value, score.ci95, score.replicates)
+                is_share = "Wilson" in score.ci_method
+                self.add(name, score.value, score.ci95, replicates=score.replicates, is_share=is_share)
         self.clips = record.n_planned
 
     def add_held_out(self, measured: HeldOut, baseline: HeldOut | None) -> None:
@@ -118,7 +121,10 @@ def _over_seeds(points: Sequence[Point]) -> Estimate | None:
     if all(several) and _same_clips(several):
         values = [point.value if point.plain is None else point.plain for point in points]
     is_gap = any(point.p_value is not None for point in points)
-    return over_seeds(values, several, without_bias=is_gap)
+    found = over_seeds(values, several, [point.interval for point in points], without_bias=is_gap)
+    if points[0].is_share and found.ci95:
+        return replace(found, ci95=(max(found.ci95[0], 0.0), min(found.ci95[1], 1.0)))
+    return found
 
 
 def write_table(suite: Suite, rows: Sequence[ArmScores], out: Path, seeds: Sequence[int]) -> str:

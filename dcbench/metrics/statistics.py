@@ -14,6 +14,7 @@ from scipy.special import ndtr, ndtri, stdtr, stdtrit
 from dcbench.errors import UserError
 from dcbench.record import Replicates, Score
 
+BLOCKS_OF_OLD = 16  # of the intervals in older records
 FEW_GROUPS = 6  # with fewer, all sign flips of a perfect difference give p > 0.05, so nothing can be told
 Interval = tuple[float, float]
 
@@ -292,36 +293,41 @@ class Estimate:
     method: str
 
 
-def over_seeds(values: Sequence[float], several: Sequence[Replicates | None], without_bias: bool = False) -> Estimate:
+def over_seeds(
+    values: Sequence[float],
+    several: Sequence[Replicates | None],
+    intervals: Sequence[Interval | None] = (),
+    without_bias: bool = False,
+) -> Estimate:
     """The mean over seeds, for other clips and other seeds: clips and seeds are two crossed sources of variance.
 
     Variance = that of the clips (jackknife of the mean) + that of the seeds - that of both together, which the first
-    two both contain (Cameron, Gelbach & Miller 2011). Without replicates, or if the seeds had other clips, only the
-    seeds count: Student's t over their values.
+    two both contain (Cameron, Gelbach & Miller 2011). Without replicates (older records), or if the seeds had other
+    clips, the variance of the clips is the mean of those in `intervals`: it may be too large, as seeds average a part
+    of it. Without intervals too, only the seeds count. `without_bias`: the jackknife's value, for biased metrics.
     """
-    mean, count = math.fsum(values) / len(values), len(values)
-    known = [one for one in several if one is not None]
+    count, known = len(values), [one for one in several if one is not None]
+    mean = shown = math.fsum(values) / count
     spread = float(np.var(values, ddof=1)) / count if count > 1 else 0.0
-    if len(known) < count or len({one.design for one in known}) > 1:
-        if count < 2 or spread == 0:
-            return Estimate(mean, None, None, "no interval")
-        error, method = math.sqrt(spread), "over seeds, for these clips"
-        return Estimate(mean, student_interval(mean, error, count - 1), student_p(mean, error, count - 1), method)
-    whole = average(known)
-    result = jackknife(mean, whole)
-    shown = result.bias_corrected if without_bias and whole.biased else mean
-    of_clips, of_seeds = result.standard_error**2, 0.0
-    if count > 1:
+    of_clips, degrees = 0.0, float(BLOCKS_OF_OLD - 1)
+    if len(known) == count and len({one.design for one in known}) == 1:
+        whole = average(known)
+        result = jackknife(mean, whole)
+        shown = result.bias_corrected if without_bias and whole.biased else mean
+        of_clips, degrees = result.standard_error**2, result.degrees
         gaps = [jackknife(v - mean, subtract(one, whole)) for v, one in zip(values, known, strict=True)]
-        of_both = sum(gap.standard_error**2 for gap in gaps) / count / (count - 1)
-        of_seeds = max(0.0, spread - of_both)
+        spread -= sum(gap.standard_error**2 for gap in gaps) / count / max(count - 1, 1)
+    elif intervals and all(intervals):
+        widths = [high - low for low, high in intervals if (low, high)]  # type: ignore[misc]
+        of_clips = sum((width / 2 / 1.96) ** 2 for width in widths) / count
+    of_seeds = max(0.0, spread)
     variance = of_clips + of_seeds
     if variance == 0:
         return Estimate(shown, None, None, "no interval")
-    welch = of_clips**2 / result.degrees + (of_seeds**2 / (count - 1) if count > 1 else 0.0)
+    welch = of_clips**2 / degrees + (of_seeds**2 / (count - 1) if count > 1 else 0.0)
     error, degrees = math.sqrt(variance), variance**2 / welch
-    method = "over clips and seeds" if count > 1 else "over clips"
-    return Estimate(shown, student_interval(shown, error, degrees), student_p(shown, error, degrees), method)
+    method = " and ".join(name for name, part in (("clips", of_clips), ("seeds", spread)) if part)
+    return Estimate(shown, student_interval(shown, error, degrees), student_p(shown, error, degrees), f"over {method}")
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:

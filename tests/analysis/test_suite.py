@@ -142,7 +142,7 @@ def test_the_table_shows_seeds_intervals_and_the_papers_column(tmp_path):
     row.add("fvd", 10.0, (8.0, 12.0))
     row.add("fvd", 14.0, (11.0, 17.0))
     row.reasons["pic"] = "its weights are missing"
-    assert show(row.summary("fvd")) == "12 [-13.4, 37.4]"  # Student's t of two seeds, not the span of their intervals
+    assert show(row.summary("fvd")) == "12 [1.74, 22.3]"  # clips and seeds, not the span of their intervals
     other = ArmScores(suite.arms[1], clips=24)
     other.add("fvd", 20.0, (18.0, 22.0))
     stored = {
@@ -153,8 +153,8 @@ def test_the_table_shows_seeds_intervals_and_the_papers_column(tmp_path):
     text = write_table(suite, [row, other], tmp_path, (1, 2))
     assert "after Holm's correction for the 2 differences" in text
     assert "Difference from *ours*" in text and "| without ctx | 6 [1, 11] | 1 [-1, 3] |" in text  # 0.03 · 2 > 0.05
-    assert "234.66" in text and "12 [-13.4, 37.4]" in text and "its weights are missing" in text
-    assert "intervals over seeds, for these clips" in text
+    assert "234.66" in text and "12 [1.74, 22.3]" in text and "its weights are missing" in text
+    assert "intervals over clips and seeds" in text
     stored["fvd"]["p_value"] = 0.01
     other.gaps.clear()
     other.add_gaps({"reason": "", "gaps": stored})

@@ -347,9 +347,12 @@ def test_the_interval_over_seeds_covers_clips_and_seeds(of_seed: float) -> None:
 def test_seeds_without_replicates_have_students_interval() -> None:
     found = over_seeds([1.0, 2.0, 4.0], [None, None, None])
     expected = stats.ttest_1samp([1.0, 2.0, 4.0], 0)
-    assert found.method == "over seeds, for these clips" and found.p_value == pytest.approx(expected[1])
+    assert found.method == "over seeds" and found.p_value == pytest.approx(expected[1])
     assert found.ci95 == pytest.approx(tuple(expected.confidence_interval()))
     assert over_seeds([1.0], [None]).ci95 is None
+    old = over_seeds([1.0, 1.2], [None, None], [(-1.0, 3.0), (-0.8, 3.2)])  # an older record: an interval a seed
+    assert old.method == "over clips and seeds" and old.ci95 is not None
+    assert old.ci95[0] < -0.9 < 3.1 < old.ci95[1] < 3.5  # clips count, and hardly the seeds
 
 
 def test_holm_is_the_published_procedure() -> None:
