@@ -285,3 +285,27 @@ def test_real_against_itself_is_at_distance_zero(tmp_path, small_i3d, limit):
     assert limit < 16 or scores["fvd_infinity"].value == pytest.approx(0, abs=1e-6)
     assert (scores["kvd_all_pairs"].value or 0) < 0
     assert scores["kvd"].details["all_pairs"] == scores["kvd_all_pairs"].value
+
+
+def test_a_set_metric_of_ones_own_needs_a_statistic_alone(tmp_path):
+    """Interval and comparison come from the base class, with the run's groups."""
+    (tmp_path / "own.py").write_text(
+        "import torch\n"
+        "from dcbench.metrics import FeatureExtractor, SetMetric\n"
+        "class Light(FeatureExtractor):\n"
+        "    name, weights_sha256, preprocessing, num_features = 'light', '', 'mean', 1\n"
+        "    def forward(self, clips):\n        return clips.float().mean((1, 2, 3, 4))[:, None]\n"
+        "class Gap(SetMetric):\n"
+        "    def statistic(self, real, generated):\n        return float((real.mean() - generated.mean()).abs())\n"
+        "def build(card, runtime):\n    return Gap(card, Light())\n"
+    )
+    (tmp_path / "own.toml").write_text(
+        'name = "gap"\ntitle = "Gap"\nsummary = "s"\nkind = "set"\nhigher_is_better = false\n'
+        'entry_point = "own.py:build"\n'
+    )
+    card = str(tmp_path / "own.toml")
+    scores = [scoring.score(make_run(tmp_path / m, m, 8), QUIET, [card]).scores["gap"] for m in ("zoom", "noise")]
+    assert all(score.ci95 and score.ci_method == "jackknife over 8 blocks" for score in scores)
+    compared = compare_runs(tmp_path / "zoom", tmp_path / "noise", QUIET).found["gap"]
+    values = [score.value for score in scores if score.value is not None]
+    assert compared.difference == pytest.approx(values[0] - values[1]) and compared.n_groups == 8
