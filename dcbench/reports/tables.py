@@ -22,7 +22,18 @@ from dcbench.files import digest
 from dcbench.metrics.statistics import Comparison, compare_scores, holm, jackknife
 from dcbench.record import Cost, Record, Score, read_cost, read_record
 
-ORDER = ("fvd", "fvd_infinity", "kvd", "pic", "clip_text", "clip_image", "clip_frames", "motion", "warp_error")
+ORDER = (
+    "fvd",
+    "fvd_infinity",
+    "kvd",
+    "kvd_all_pairs",
+    "pic",
+    "clip_text",
+    "clip_image",
+    "clip_frames",
+    "motion",
+    "warp_error",
+)
 LITTLE_MOTION = 0.1  # a model with a smaller share of the real clips' motion gets a footnote
 
 
@@ -402,14 +413,15 @@ def _explain_bold(found: Sequence[Number], table: Table) -> None:
     several = [group for group in compared.values() if len(group) > 1]
     if silent := [_title(group[0].metric) for group in several if not any(number.best for number in group)]:
         table.note(f"No model is told from the best by a paired test: {', '.join(dict.fromkeys(silent))}.")
-    least = {
-        _title(group[0].metric): max(number.detectable for number in group if number.detectable is not None)
-        for group in several
-        if any(number.detectable is not None for number in group)
-    }
+    least: dict[str, float] = {}
+    for group in several:
+        is_told = any(number.best for number in group)
+        for number in group:
+            if number.detectable is not None and (number.best or not is_told):
+                least[_title(number.metric)] = max(least.get(_title(number.metric), 0.0), number.detectable)
     if least:
         table.note(
-            "Smallest difference from the best that is found in 80 % of such tests, for the least certain model: "
+            "For these models to be told from the best in 80 % of such tests, the true difference must be at least: "
             f"{', '.join(f'{title} {show_value(value)}' for title, value in least.items())}."
         )
 

@@ -181,9 +181,11 @@ def test_bold_is_what_a_test_does_not_tell_from_the_best():
     assert best(runs) == []
     text = markdown(runs)
     assert "**" not in text and "No model is told from the best by a paired test: FVD." in text
-    assert "found in 80 % of such tests, for the least certain model: FVD " in text
+    assert "in 80 % of such tests, the true difference must be at least: FVD " in text
     runs.append(run("C", {"fvd": score(900, spread=0.05)}))
     assert best(runs) == ["A", "B"] and "all that a paired test does not tell from it" in markdown(runs)
+    least = {n.model: n.detectable for n in numbers(runs, {})}
+    assert least["B"] and f"must be at least: FVD {show_value(least['B'])}." in markdown(runs)  # of B, not of C
 
 
 def test_holm_counts_the_models_of_a_column():
