@@ -329,3 +329,28 @@ def test_manifold_metrics_of_plain_cases() -> None:
     assert narrow.precision == 1 and narrow.recall < 0.05  # faithful, but without variety
     with pytest.raises(UserError, match="more than 5 clips"):
         fn.manifold_metrics(real[:5], real[:5])
+
+
+def slow_manifold(x: np.ndarray, y: np.ndarray, k: int) -> tuple[float, float, float, float]:
+    """Numpy and loops, as the definitions say: a ball reaches to the k-th other point, and its edge is outside."""
+
+    def radius(points: np.ndarray, i: int) -> float:
+        return sorted(float(np.sqrt(((p - points[i]) ** 2).sum())) for j, p in enumerate(points) if j != i)[k - 1]
+
+    def inside(points: np.ndarray, others: np.ndarray) -> np.ndarray:  # [points, others]
+        return np.array(
+            [[float(np.sqrt(((p - o) ** 2).sum())) < radius(points, i) for o in others] for i, p in enumerate(points)]
+        )
+
+    of_real, of_made = inside(x, y), inside(y, x)
+    return of_real.any(0).mean(), of_made.any(0).mean(), of_real.sum(0).mean() / k, of_real.any(1).mean()
+
+
+@pytest.mark.parametrize("copies", [0, 6, 20])
+def test_manifold_metrics_are_the_slow_obvious_version(copies: int) -> None:
+    """Also with copies of references, where a point lies exactly on the edge of balls."""
+    real, made = gaussian(20, 0), gaussian(18, 1, shift=0.3)
+    made = torch.cat([real[:copies], made])
+    found = fn.manifold_metrics(real, made, neighbours=3)
+    expected = slow_manifold(real.numpy(), made.numpy(), 3)
+    assert (found.precision, found.recall, found.density, found.coverage) == pytest.approx(expected, abs=1e-12)

@@ -344,6 +344,22 @@ def test_the_interval_over_seeds_covers_clips_and_seeds(of_seed: float) -> None:
     assert of_seed == 0 or narrow < 120  # clips alone hold the truth too seldom
 
 
+def test_the_variance_over_seeds_is_that_of_two_crossed_factors() -> None:
+    """Numpy: mean squares of a table [clips, seeds], each clip a block of its own."""
+    values = np.random.default_rng(3).normal(size=(12, 3)) + np.array([0.0, 0.9, -0.4])
+    groups = [str(k) for k in range(12)]
+    scores = [score_values([{"value": v} for v in column], groups) for column in values.T.tolist()]
+    found = over_seeds([float(score.value or 0) for score in scores], [score.replicates for score in scores])
+    mean, rows, columns = values.mean(), values.mean(1), values.mean(0)
+    rest = values - rows[:, None] - columns + mean
+    of_clips = rows.var(ddof=1) / 12
+    of_seeds = columns.var(ddof=1) / 3 - (rest**2).sum() / (11 * 2) / (12 * 3)
+    error = math.sqrt(of_clips + of_seeds)
+    degrees = error**4 / (of_clips**2 / 11 + of_seeds**2 / 2)
+    half = stats.t.ppf(0.975, degrees) * error
+    assert of_seeds > 0 and found.ci95 == pytest.approx((mean - half, mean + half), rel=1e-9)
+
+
 def test_seeds_without_replicates_have_students_interval() -> None:
     found = over_seeds([1.0, 2.0, 4.0], [None, None, None])
     expected = stats.ttest_1samp([1.0, 2.0, 4.0], 0)
