@@ -89,19 +89,23 @@ def work(rank, world, folder):
     real, made = torch.randn(50, 6, generator=generator), torch.randn(41, 6, generator=generator) + 0.3
     low, high = SHARES[world][rank]
     out = []
-    for kind in (FrechetVideoDistance, KernelVideoDistance):
+    names = [f"video{k // 2}" for k in range(50)]
+    for kind, grouped in ((FrechetVideoDistance, False), (KernelVideoDistance, False), (KernelVideoDistance, True)):
         metric = kind()
         if high > low:
-            for batch in real[low:high].split(5):
-                metric.update_features(batch, real=True)
-            metric.update_features(made[low:high], real=False)
+            for start in range(low, high, 5):
+                part = slice(start, min(start + 5, high))
+                metric.update_features(real[part], real=True, groups=names[part] if grouped else None)
+            mine = names[low:high][: len(made[low:high])]
+            metric.update_features(made[low:high], real=False, groups=mine if grouped else None)
         score = metric.compute_with_interval()
         out.append([score.value, score.ci95, score.n_reference, score.n_generated, float(metric.compute())])
         assert sum(len(part) for part in metric.real_features) == high - low  # its own clips only, again
     clips = torch.randint(0, 256, (10, 2, 3, 32, 32), dtype=torch.uint8, generator=generator)
     motion = Motion()
     if high > low:
-        motion.update(clips[low // 5 : high // 5])
+        part = slice(low // 5, high // 5)
+        motion.update(clips[part], groups=[f"video{k // 2}" for k in range(10)[part]])
     score = motion.compute_with_interval()
     out.append([score.value, score.ci95, score.n_generated, float(motion.compute())])
     if rank == 0:
