@@ -21,6 +21,8 @@ from dcbench.metrics.statistics import (
     Comparison,
     compare_paired,
     compare_scores,
+    effective_number,
+    group_sums,
     jackknife,
     mean_interval,
     mean_replicates,
@@ -257,7 +259,8 @@ def score_values(values: Sequence[dict[str, Any]], groups: Sequence[str] | None 
         raise UserError(f"the value of clip {bad} is {numbers[bad]}; expected a finite number")
     interval = mean_interval(numbers, groups)
     n_groups = len(set(groups)) if groups is not None else len(numbers)
-    method = "Student's t" if n_groups < FEW_GROUPS else "BCa bootstrap"
+    effective = effective_number(group_sums(numbers, groups)[1])
+    method = "Student's t" if effective < FEW_GROUPS else "BCa bootstrap"
     details: dict[str, Any] = {}
     for key, first in sorted(values[0].items()):  # sorted, because rows from the cache are sorted too
         column = [value[key] for value in values]

@@ -57,8 +57,8 @@ def mean_interval(
     """Interval of the mean of per-clip values: bias-corrected and accelerated bootstrap (BCa) over groups.
 
     Clips of one group are drawn together. The percentiles are widened like Student's t (Hesterberg, arXiv 1411.5279,
-    §3.2). Below 6 groups, where the bootstrap has too few values, it is Student's t. None for fewer than three groups,
-    and if all groups have the same mean: then the spread is not known.
+    §3.2). Below 6 effective groups, where the bootstrap has too few values, it is Student's t. None for fewer than
+    three groups, and if all groups have the same mean: then the spread is not known.
     """
     from scipy.stats import bootstrap  # the import takes a second
 
@@ -67,8 +67,8 @@ def mean_interval(
     if len(sums) < 3 or float(np.ptp(means)) == 0:
         return None
     count = len(sums)
-    if count < FEW_GROUPS:
-        return student_interval(math.fsum(sums) / sizes.sum(), _ratio_error(sums, sizes), count - 1, level)
+    if effective_number(sizes) < FEW_GROUPS:
+        return student_interval(math.fsum(sums) / float(sizes.sum()), *_mean_error(sums, sizes), level)
     quantile = float(stdtrit(count - 1, 0.5 + level / 2)) * math.sqrt(count / (count - 1))
     result = bootstrap(
         (sums, sizes),
@@ -96,11 +96,22 @@ def group_sums(values: Sequence[float], groups: Sequence[str] | None = None) -> 
     return np.array([total for total, _ in rows]), np.array([size for _, size in rows])
 
 
-def _ratio_error(sums: np.ndarray, sizes: np.ndarray) -> float:
-    """Standard error of sum(sums) / sum(sizes) over independent groups."""
-    count = len(sums)
-    residuals = sums - sums.sum() / sizes.sum() * sizes
-    return math.sqrt(count / (count - 1) * float(np.square(residuals).sum())) / float(sizes.sum())
+def _mean_error(sums: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
+    """Standard error of sum(sums) / sum(sizes) over independent groups, and its degrees of freedom.
+
+    The residual of a large group is too small, because the mean follows that group; the division corrects it (CR2 of
+    Bell & McCaffrey 2002, for group means of equal variance). Seven groups, one of them with 3 of 4 clips, are no
+    better than two, so the degrees are those of the effective number of groups. Equal groups have the usual n - 1.
+    """
+    shares = sizes / sizes.sum()
+    residuals = shares * (sums / sizes - sums.sum() / sizes.sum())
+    variance = np.square(residuals) / (1 - 2 * shares + np.square(shares).sum())
+    return math.sqrt(float(variance.sum())), effective_number(sizes) - 1
+
+
+def effective_number(sizes: np.ndarray) -> float:
+    """The number of groups of equal size that is worth as much: (sum of sizes)² / sum of sizes²."""
+    return float(sizes.sum() ** 2 / np.square(sizes).sum())
 
 
 @dataclass(frozen=True)
@@ -122,7 +133,7 @@ def jackknife(value: float, replicates: Replicates) -> Jackknife:
         mean = float((pseudo / h).sum())
         corrected += mean - value
         variances.append(float(((pseudo - mean) ** 2 / (h - 1)).mean()))
-        degrees.append(len(stratum) - 1)
+        degrees.append(effective_number(1 / h) - 1)  # one block with most of the clips is worth little
     total = sum(variances)
     welch = sum(variance**2 / df for variance, df in zip(variances, degrees, strict=True))
     return Jackknife(math.sqrt(total), corrected, total**2 / welch if welch > 0 else sum(degrees))
@@ -180,17 +191,17 @@ def compare_paired(
     count = len(sums)
     if count < 2:
         raise UserError("a paired comparison needs at least 2 independent source videos")
-    mean, error = math.fsum(sums) / float(sizes.sum()), _ratio_error(sums, sizes)
+    mean, (error, degrees) = math.fsum(sums) / float(sizes.sum()), _mean_error(sums, sizes)
     if not any(gaps):
         return Comparison(0.0, (0.0, 0.0), 1.0, "no clip differs", len(gaps), count)
     if float(np.ptp(sums / sizes)) == 0:
         return Comparison(mean, None, 0.5 ** (count - 1), "sign-flip test, no spread", len(gaps), count)
     if count < FEW_GROUPS:
-        interval, p_value = student_interval(mean, error, count - 1), student_p(mean, error, count - 1)
+        interval, p_value = student_interval(mean, error, degrees), student_p(mean, error, degrees)
         method = "Student's t"
     else:
         (interval, p_value), method = _sign_flips(sums, sizes, seed), "sign-flip test and its interval"
-    return Comparison(mean, interval, p_value, method, len(gaps), count, detectable(error, count - 1))
+    return Comparison(mean, interval, p_value, method, len(gaps), count, detectable(error, degrees))
 
 
 def _sign_flips(sums: np.ndarray, sizes: np.ndarray, seed: int) -> tuple[Interval, float]:

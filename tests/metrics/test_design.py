@@ -59,7 +59,7 @@ def test_the_jackknife_of_a_mean_is_the_standard_error_of_a_mean() -> None:
     result = jackknife(difference(real, made, Design.of([], [])), found)
     gaps = (real - made)[:, 0]
     assert result.standard_error == pytest.approx(float(gaps.std()) / math.sqrt(12), rel=1e-9)
-    assert result.bias_corrected == pytest.approx(float(gaps.mean()), rel=1e-9) and result.degrees == 11
+    assert result.bias_corrected == pytest.approx(float(gaps.mean()), rel=1e-9) and result.degrees == pytest.approx(11)
     real, made = rows(16, 5), 3 * rows(11, 6)
     found = replicates(difference, real, made, Design.independent(real, made))
     assert found is not None
