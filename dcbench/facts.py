@@ -56,6 +56,8 @@ def validate(data: Mapping[str, Any], kind: type[BaseModel], source: str) -> Any
                 allowed = _fields_at(kind, problem["loc"][:-1])
                 hint = near_match(str(problem["loc"][-1]), allowed)
                 lines.append(f"  {where}: unknown key.{hint} Allowed here: {', '.join(sorted(allowed))}.")
+            elif not where:  # about the file as a whole
+                lines.append(f"  {problem['msg'].removeprefix('Value error, ')}")
             else:
                 lines.append(f"  {where}: {problem['msg']} (given: {problem['input']!r})")
         raise UserError("\n".join(lines)) from error

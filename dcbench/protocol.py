@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 from typing import Protocol as Interface
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dcbench.errors import UserError
 from dcbench.facts import Facts, find_toml, read_facts, validate
@@ -61,6 +61,12 @@ class Protocol(Facts):
     dataset_options: dict[str, Any] = {}
     # values for single datasets: any field above
     datasets: dict[str, dict[str, Any]] = {}
+
+    @model_validator(mode="after")
+    def _some_frame_is_scored(self) -> "Protocol":
+        if self.scored_frames == "without_condition" and self.num_frames == 1:
+            raise ValueError('scored_frames = "without_condition" needs num_frames >= 2, got 1')
+        return self
 
     @property
     def span(self) -> int:

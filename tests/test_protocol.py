@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from dcbench.errors import UserError
+from dcbench.facts import validate
 from dcbench.protocol import Protocol, choose_frames, find_protocol, fingerprint, plan_clips, protocols
 
 
@@ -172,6 +173,12 @@ def test_what_is_compared_is_said_only_when_it_is_not_the_usual():
     assert protocol().compared == ""
     both = protocol(reference_videos="disjoint", scored_frames="without_condition")
     assert both.compared == "with videos that are not animated, without the condition frame"
+
+
+def test_a_protocol_without_any_scored_frame_is_refused():
+    with pytest.raises(UserError, match='"without_condition" needs num_frames >= 2, got 1'):
+        data = protocol().model_dump() | {"scored_frames": "without_condition", "num_frames": 1}
+        validate(data, Protocol, "one.toml")
 
 
 def test_trap_01_the_first_videos_in_sorted_order_are_not_taken():
