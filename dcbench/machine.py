@@ -24,6 +24,19 @@ def versions() -> dict[str, str]:
     return found
 
 
+def namesake() -> str:
+    """The version of the other project called "dcbench" on PyPI, if it is installed; "" otherwise.
+
+    It has the same import name, so either package overwrites files of the other. This one is called dcbench-i2v.
+    """
+    try:
+        found = importlib.metadata.metadata("dcbench")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    ours = "image-to-video" in (found["Summary"] or "")  # an installation from before the new name
+    return "" if ours else found["Version"]
+
+
 def hardware(device: str) -> str:
     """The GPU's name, or the processor's."""
     if device.startswith("cuda"):

@@ -4,11 +4,14 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from dcbench.machine import namesake
 
 ROOT = Path(__file__).parent.parent
 
@@ -66,3 +69,15 @@ def test_the_installed_wheel_lists_models_outside_the_checkout(wheel, tmp_path):
         )
         assert again.returncode == 0, again.stderr
         assert again.stdout.strip()
+
+
+def test_the_package_has_a_name_of_its_own_and_the_other_project_is_noticed(tmp_path, monkeypatch):
+    facts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert facts["name"] == "dcbench-i2v"  # "dcbench" on PyPI is a project about data-centric AI
+    assert list(facts["scripts"]) == ["dcbench"]
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for version, summary, found in (("0.0.4", "Data-centric AI", "0.0.4"), ("0.1.0", facts["description"], "")):
+        info = tmp_path / "dcbench.dist-info"
+        info.mkdir(exist_ok=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: dcbench\nVersion: {version}\nSummary: {summary}\n")
+        assert namesake() == found

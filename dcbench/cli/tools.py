@@ -128,11 +128,17 @@ def doctor_overview(context: typer.Context) -> None:
     from dcbench.catalogue import DatasetCard, MetricCard, cards, load_entry_point
     from dcbench.datasets.base import find_root
     from dcbench.files import cache_dir
+    from dcbench.machine import namesake
     from dcbench.models.base import Runtime
     from dcbench.models.baselines.diffusers import INSTALL
     from dcbench.video import has_decord
 
     os.environ["HF_HUB_OFFLINE"] = "1"
+    if other := namesake():
+        print(
+            f"WARNING: another project, dcbench {other} of PyPI, is installed and has the same import name. "
+            "Remove it, and install this one again: pip uninstall dcbench, then pip install '.' in the clone"
+        )
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads; cache {cache_dir()}")
     print(f"decoders: PyAV{', decord' if has_decord() else ' (decord is not installed)'}")

@@ -30,7 +30,7 @@ from dcbench.weights import MissingWeights, check_free, describe
 
 Policy = Literal["squash", "pad", "crop", "same_area"]
 MINIMUM = (0, 42)  # the first that was tried; older ones overlook `dtype` and load everything in float32
-# From the clone: the package called dcbench on PyPI is another project.
+# From the clone: the package dcbench of PyPI is another project, this one is dcbench-i2v.
 INSTALL = "in the clone of dcbench, pip install --upgrade '.[baselines]'"
 ARGUMENT = {"steps": "num_inference_steps"}  # names in [sampling] that differ from the pipelines' own
 
