@@ -5,9 +5,11 @@ groups `dcbench.models`, `dcbench.datasets` and `dcbench.metrics`: the object is
 This module does not import torch, so `dcbench list` reads every card in a few milliseconds.
 """
 
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
+import re
 import sys
 import tomllib
 from collections.abc import Callable
@@ -18,9 +20,9 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
-from dcbench.errors import UserError, near_match
+from dcbench.errors import UserError, first_line, near_match
 from dcbench.facts import Facts, read_facts, validate
-from dcbench.files import sha256_file
+from dcbench.files import cache_dir, digest, read_json, sha256_file, write_json
 
 Scalar = bool | int | float | str
 Condition = Literal["image", "prompt", "fps", "frame_stride", "end_image", "reference"]
@@ -112,6 +114,9 @@ class MetricCard(Card):
     default: bool = True  # used if a run names no metrics
 
 
+ENTRY_POINT = re.compile(r"([A-Za-z_]\w*(\.[A-Za-z_]\w*)*|[^\0]+\.py):[A-Za-z_]\w*")
+NO_MODULES = frozenset(sys.stdlib_module_names)  # os:system and builtins:eval are no models
+
 CardT = TypeVar("CardT", bound=Card)
 Kind = Literal["models", "datasets", "metrics"]
 _TYPES: dict[str, type[Card]] = {"models": ModelCard, "datasets": DatasetCard, "metrics": MetricCard}
@@ -202,24 +207,60 @@ def slug(text: str) -> str:
 
 
 def find_dataset(name: str) -> DatasetCard:
-    return _find("datasets", name)
+    """A card by name, alias or path. A path was given on the command line: its card is remembered, see `known_card`."""
+    card = _find("datasets", name)
+    if name.endswith(".toml"):
+        _remember(card, Path(name))
+    return card
 
 
 def find_metric(name: str) -> MetricCard:
     return _find("metrics", name)
 
 
+def known_card(kind: Kind, recorded: dict[str, Any]) -> Any:
+    """This machine's card of the name that a record contains, or None. Code that a record names is not run.
+
+    Known are the installed cards, and the files that an earlier command line of this user named.
+    """
+    name = str(recorded.get("name"))
+    if name in cards(kind):
+        return cards(kind)[name]
+    file = _memory(recorded)
+    path = Path(str(read_json(file).get("card"))) if file.is_file() else None
+    return _read_card(path, kind) if path and path.is_file() else None
+
+
+def _remember(card: Card, path: Path) -> None:
+    """Store the path of a user's card on this machine."""
+    with contextlib.suppress(OSError):  # a full or read-only cache: it must be named again
+        write_json(_memory(card.model_dump(mode="json")), {"card": str(path.expanduser().resolve())})
+
+
+def _memory(card: dict[str, Any]) -> Path:
+    return cache_dir() / "cards" / f"{digest(card, 32)}.json"
+
+
 def load_entry_point(card: Card) -> Callable[..., Any]:
-    """Import the object `card.entry_point`. UserError if it cannot be loaded."""
+    """Import the object `card.entry_point`. UserError if it cannot be loaded.
+
+    This runs code. Call it only with a card of this machine, or with one that was given on the command line.
+    """
     if not card.available:
         raise UserError(f"{card.name} is not available: {card.unavailable or 'its card names no entry_point'}")
     module, _, attribute = card.entry_point.rpartition(":")
+    named = f'{card.name}: entry_point "{card.entry_point}"'
+    if not ENTRY_POINT.fullmatch(card.entry_point) or module.split(".")[0] in NO_MODULES:
+        raise UserError(f"{named} is not allowed; expected package.module:name or file.py:name, code of your own")
     try:
-        return getattr(
+        found = getattr(
             _import_file(Path(module)) if module.endswith(".py") else importlib.import_module(module), attribute
         )
-    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
-        raise UserError(f'{card.name}: entry_point "{card.entry_point}" cannot be loaded: {error}') from error
+    except Exception as error:  # the code of a user may raise anything
+        raise UserError(f"{named} cannot be loaded: {type(error).__name__}: {first_line(error)}") from error
+    if not callable(found):
+        raise UserError(f"{named} is a {type(found).__name__}; expected a function or a class")
+    return found
 
 
 def source_sha256(card: Card) -> str:
@@ -234,11 +275,12 @@ def source_sha256(card: Card) -> str:
 
 
 def _import_file(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    name = f"dcbench_own_{path.stem}"  # a file may be called json.py or torch.py
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # dataclasses and pickles look their module up there
+    sys.modules[name] = module  # dataclasses and pickles look their module up there
     spec.loader.exec_module(module)
     return module
 

@@ -8,6 +8,14 @@ class UserError(ValueError):
     """An error that the user can fix. The message says how."""
 
 
+class SharedError(UserError):
+    """An error that all processes of a run raise together. Only the first one shows it."""
+
+
+class LostRank(UserError):
+    """Another process of a run has ended, so nothing can be exchanged any more."""
+
+
 def near_match(given: str, allowed: Iterable[str]) -> str:
     """' Did you mean "x"?' for the nearest allowed name, or ''."""
     by_lower = {name.lower(): name for name in allowed}

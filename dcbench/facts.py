@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Tag, ValidationError
 
-from dcbench.errors import UserError, near_match
+from dcbench.errors import UserError, first_line, near_match
 
 
 class Facts(BaseModel):
@@ -40,12 +40,14 @@ def read_toml(path: Path) -> dict[str, Any]:
             return tomllib.load(file)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid TOML: {error}") from error
+    except (ValueError, RecursionError) as error:  # endless nesting, a number of 5000 digits
+        raise UserError(f"{path} is not valid TOML: {first_line(error)}") from error
 
 
 def validate(data: Mapping[str, Any], kind: type[BaseModel], source: str) -> Any:
     """`data` as a pydantic model; ValidationError becomes one UserError with a line per problem."""
+    if not isinstance(data, Mapping):
+        raise UserError(f"{source}: expected an object with keys, got {_brief(data)}")
     try:
         return kind.model_validate(dict(data))
     except ValidationError as error:
@@ -56,11 +58,16 @@ def validate(data: Mapping[str, Any], kind: type[BaseModel], source: str) -> Any
                 allowed = _fields_at(kind, problem["loc"][:-1])
                 hint = near_match(str(problem["loc"][-1]), allowed)
                 lines.append(f"  {where}: unknown key.{hint} Allowed here: {', '.join(sorted(allowed))}.")
-            elif not where:  # about the file as a whole
-                lines.append(f"  {problem['msg'].removeprefix('Value error, ')}")
+            elif problem["type"] == "value_error":  # of our own, which says what was given
+                lines.append(f"  {where + ': ' if where else ''}{problem['msg'].removeprefix('Value error, ')}")
             else:
-                lines.append(f"  {where}: {problem['msg']} (given: {problem['input']!r})")
+                lines.append(f"  {where}: {problem['msg']} (given: {_brief(problem['input'])})")
         raise UserError("\n".join(lines)) from error
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}...)"
 
 
 def _fields_at(kind: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:

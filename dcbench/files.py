@@ -57,35 +57,46 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text. ValueError for anything else, also for NaN, infinity and endless nesting."""
+    try:
+        return json.loads(text, parse_constant=_no_constant)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
 def read_json(path: Path) -> Any:
     """The value in a JSON file; UserError when it cannot be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
 
 
-def read_jsonl(path: Path, tolerate_torn_end: bool = False) -> list[dict[str, Any]]:
-    """Objects of a JSONL file. `tolerate_torn_end` skips a last line that a crash cut off. UserError otherwise."""
+def read_jsonl(path: Path, torn: bool = False) -> list[dict[str, Any]]:
+    """Objects of a JSONL file. `torn`: a crash may have damaged lines, which are skipped. UserError otherwise."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+        lines = path.read_bytes().split(b"\n")  # not splitlines: a JSON string may hold other line separators
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             if not isinstance(row, dict):
                 raise ValueError("not an object")
             rows.append(row)
         except ValueError as error:
-            if tolerate_torn_end and number == len(lines):
-                break
-            raise UserError(f"{path}, line {number}: not a JSON object ({error})") from error
+            if not torn:
+                raise UserError(f"{path}, line {number}: not a JSON object ({error})") from error
     return rows
 
 

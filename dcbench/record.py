@@ -4,11 +4,12 @@
 dates) is in `cost.json`.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
 from dcbench.errors import UserError
 from dcbench.facts import validate
@@ -18,7 +19,18 @@ SCHEMA_VERSION = 1
 
 
 class Stored(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+def _with_strings(*keys: str) -> AfterValidator:
+    """A card that has at least these strings. Reports use them; the rest of a recorded card is shown as it is."""
+
+    def check(card: dict[str, Any]) -> dict[str, Any]:
+        if missing := [key for key in keys if not isinstance(card.get(key), str)]:
+            raise ValueError(f"it has no {missing[0]}")
+        return card
+
+    return AfterValidator(check)
 
 
 class Case(Stored):
@@ -26,10 +38,10 @@ class Case(Stored):
 
     id: str
     video: str  # path relative to the dataset's root
-    frames: list[int]  # source frames, in order
-    condition_frame: int = 0  # which of `frames` is the input image
-    fps: float  # of the clip: the source's frame rate / frame_stride
-    frame_stride: int
+    frames: list[NonNegativeInt]  # source frames, in order
+    condition_frame: NonNegativeInt = 0  # which of `frames` is the input image
+    fps: float = Field(gt=0)  # of the clip: the source's frame rate / frame_stride
+    frame_stride: PositiveInt
     prompt: str
     caption_index: int
     label: str | None = None
@@ -51,9 +63,9 @@ class Plan(Stored):
     """Everything that decides a run's clips and numbers."""
 
     dcbench: str
-    model: dict[str, Any]  # the resolved card
-    dataset: dict[str, Any]
-    protocol: dict[str, Any]
+    model: Annotated[dict[str, Any], _with_strings("name", "title")]  # the resolved card
+    dataset: Annotated[dict[str, Any], _with_strings("name")]
+    protocol: Annotated[dict[str, Any], _with_strings("name")]
     seed: int
     limit: int | None
     fingerprint: str
@@ -78,9 +90,9 @@ class Score(Stored):
     value: float | None
     ci95: tuple[float, float] | None = None
     ci_method: str = ""
-    n_reference: int = 0
-    n_generated: int = 0
-    n_groups: int | None = None  # independent source videos or inputs; None in older records
+    n_reference: NonNegativeInt = 0
+    n_generated: NonNegativeInt = 0
+    n_groups: NonNegativeInt | None = None  # independent source videos or inputs; None in older records
     replicates: Replicates | None = None
     higher_is_better: bool | None = None
     metric: dict[str, Any] = {}  # its name, version and options; {} in older records
@@ -89,6 +101,15 @@ class Score(Stored):
     warnings: list[str] = []
     details: dict[str, Any] = {}
     reason: str | None = None  # why value is None, and what to do
+
+    @model_validator(mode="after")
+    def _value_is_inside_its_interval(self) -> "Score":
+        if self.ci95 is not None and self.value is not None:
+            low, high = self.ci95
+            slack = 1e-6 * max(1.0, abs(self.value))
+            if not low - slack <= self.value <= high + slack:
+                raise ValueError(f"the value {self.value} is not inside its interval [{low}, {high}]")
+        return self
 
 
 class Failure(Stored):
@@ -102,11 +123,17 @@ class Record(Stored):
     schema_version: int = SCHEMA_VERSION
     plan: Plan
     scores: dict[str, Score]  # by metric; the name includes options that differ from the card's
-    n_planned: int
-    n_scored: int
+    n_planned: NonNegativeInt
+    n_scored: NonNegativeInt
     failures: list[Failure] = []
     clips_sha256: str  # of all clip hashes in the manifest's order
-    decoders: dict[str, int] = {}  # reference clips read by each decoder
+    decoders: dict[str, NonNegativeInt] = {}  # reference clips read by each decoder
+
+    @model_validator(mode="after")
+    def _counts_fit(self) -> "Record":
+        if self.n_scored > self.n_planned:
+            raise ValueError(f"{self.n_scored} clips are scored, but only {self.n_planned} are planned")
+        return self
 
 
 class Cost(Stored):
@@ -136,6 +163,8 @@ def read_manifest(path: Path) -> list[Case]:
     seen: set[str] = set()
     for item in with_apart(items):
         check_clip_id(item.id)
+        if item.condition_frame >= len(item.frames):
+            raise UserError(f"{path}: condition_frame {item.condition_frame} of {item.id} is not one of its frames")
         if item.id in seen:
             raise UserError(f'{path}: the clip id "{item.id}" appears twice')
         seen.add(item.id)
@@ -172,13 +201,58 @@ def read_plan(run: Path) -> Plan:
 
 
 def read_record(run: Path) -> Record:
-    """The record of a run directory (or of a record.json)."""
+    """The record of a run directory (or of a record.json). UserError if it contradicts the run's other files."""
     path = run / "record.json" if run.is_dir() else run
     if not path.is_file():
         raise UserError(
             f"no record at {path}: the run is not finished. `dcbench run` with the same options continues it"
         )
-    return _read(path, Record)
+    found: Record = _read(path, Record)
+    if run.is_dir():
+        _check_agreement(run, found)
+    return found
+
+
+def _check_agreement(run: Path, found: Record) -> None:
+    """Raise UserError if a record does not fit the plan and the values per clip beside it."""
+    again = "Score the run again: dcbench score RUN"
+    if (run / "plan.json").is_file() and (planned := read_plan(run)).fingerprint != found.plan.fingerprint:
+        raise UserError(
+            f"{run}: record.json is about the clips {found.plan.fingerprint}, plan.json about {planned.fingerprint}. "
+            f"One of them was edited or copied from elsewhere. {again}"
+        )
+    values: dict[str, list[float]] = {}
+    for row in read_per_clip(run).values():
+        for name, observed in row.items():
+            if name in found.scores and isinstance(observed, dict) and "value" in observed:
+                values.setdefault(name, []).append(observed["value"])
+    for name, numbers in values.items():
+        value = found.scores[name].value
+        slack = 1e-6 * max(1.0, *map(abs, numbers))
+        if value is not None and not min(numbers) - slack <= value <= max(numbers) + slack:
+            raise UserError(
+                f"{run}: {name} is {value} in record.json, but between {min(numbers)} and {max(numbers)} in "
+                f"per_clip.jsonl. One of them was edited. {again}"
+            )
+
+
+def read_per_clip(run: Path) -> dict[str, dict[str, Any]]:
+    """The lines of per_clip.jsonl by clip id; {} without that file. UserError for a damaged file."""
+    path = run / "per_clip.jsonl"
+    found: dict[str, dict[str, Any]] = {}
+    for number, row in enumerate(read_jsonl(path) if path.is_file() else (), start=1):
+        clip_id = row.get("id")
+        if not isinstance(clip_id, str) or clip_id in found:
+            raise UserError(f"{path}, line {number}: expected the id of another clip, got {clip_id!r}")
+        values = [observed.get("value") for observed in row.values() if isinstance(observed, dict)]
+        if any(value is not None and not _is_number(value) for value in values):
+            raise UserError(f"{path}, line {number}: a value of clip {clip_id!r} is not a finite number")
+        found[clip_id] = row
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def read_cost(run: Path) -> Cost | None:

@@ -79,5 +79,6 @@ def test_the_package_has_a_name_of_its_own_and_the_other_project_is_noticed(tmp_
     for version, summary, found in (("0.0.4", "Data-centric AI", "0.0.4"), ("0.1.0", facts["description"], "")):
         info = tmp_path / "dcbench.dist-info"
         info.mkdir(exist_ok=True)
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: dcbench\nVersion: {version}\nSummary: {summary}\n")
+        lines = ["Metadata-Version: 2.1", "Name: dcbench", f"Version: {version}", f"Summary: {summary}", ""]
+        (info / "METADATA").write_text("\n".join(lines))
         assert namesake() == found

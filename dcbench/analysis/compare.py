@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dcbench.errors import UserError
-from dcbench.files import read_jsonl
 from dcbench.metrics.base import Metric
 from dcbench.metrics.cache import FeatureCache
 from dcbench.metrics.statistics import Comparison, compare_paired, compare_scores, holm
-from dcbench.record import Record, Score, read_manifest, read_record
+from dcbench.record import Record, Score, read_manifest, read_per_clip, read_record
 from dcbench.reports.tables import show_value
 from dcbench.runs import planning
 from dcbench.runs.run import Options
@@ -41,7 +40,7 @@ def compare_runs(first: Path, second: Path, options: Options, metrics: Sequence[
     paths = (first, second)
     records = [read_record(path) for path in paths]
     _check_same_clips(records, paths)
-    rows = [{row["id"]: row for row in read_jsonl(path / "per_clip.jsonl")} for path in paths]
+    rows = [read_per_clip(path) for path in paths]
     groups = {case.id: case.group or case.id for case in read_manifest(first / "manifest.jsonl")}
     failed = {failure.id for record in records for failure in record.failures}
     given = {score_name(card): card for card in choose_metrics(metrics)} if metrics else {}

@@ -138,6 +138,9 @@ def score(
         Path | None,
         typer.Option("--groups", help="CSV (file, group): source video or input image of each video of both folders."),
     ] = None,
+    dataset: Annotated[
+        str | None, typer.Option("--dataset", help="For a run: the card.toml of a dataset that is not installed here.")
+    ] = None,
     data: Data = None,
     out: Out = None,
     metrics: MetricNames = None,
@@ -146,6 +149,7 @@ def score(
 ) -> None:
     """Score a run again, or a folder of videos against a folder of real ones."""
     options = run_options(device, None, 1, download)
+    from dcbench.catalogue import find_dataset
     from dcbench.runs import planning
     from dcbench.runs.scoring import score as score_run
 
@@ -154,7 +158,7 @@ def score(
             raise UserError(f"{generated} is a run, and its plan names the reference clips; leave out --reference")
         if groups:
             raise UserError(f"{generated} is a run, and its manifest names the groups; leave out --groups")
-        run = planning.reopen(generated, data)
+        run = planning.reopen(generated, data, find_dataset(dataset) if dataset else None)
         score_run(run, options, names(metrics))
         _report([generated], run.directory.report)
         return

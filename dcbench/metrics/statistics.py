@@ -82,7 +82,8 @@ def mean_interval(
         rng=np.random.default_rng(seed),
     )
     low, high = result.confidence_interval
-    return float(low), float(high)
+    mean = math.fsum(sums) / float(sizes.sum())
+    return min(float(low), mean), max(float(high), mean)
 
 
 def group_sums(values: Sequence[float], groups: Sequence[str] | None = None) -> tuple[np.ndarray, np.ndarray]:

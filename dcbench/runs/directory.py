@@ -11,7 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from dcbench.errors import UserError
-from dcbench.files import canonical, read_jsonl, write_text
+from dcbench.files import canonical, read_jsonl, sha256_file, write_text
 
 
 class RunDirectory:
@@ -74,24 +74,39 @@ class RunDirectory:
         return self._rows().get(clip_id) if self.clip(clip_id).is_file() else None
 
     def _rows(self) -> dict[str, dict[str, Any]]:
-        """Lines of samples.jsonl by clip id. The file is parsed again only if it has changed."""
+        """Whole lines of samples.jsonl by clip id. The file is parsed again only if it has changed."""
         if not self.samples.is_file():
             return {}
         status = self.samples.stat()
         now = status.st_mtime_ns, status.st_size
         if self._read[0] != now:
-            rows = read_jsonl(self.samples, tolerate_torn_end=True)
-            self._read = now, {row["id"]: row for row in rows if "id" in row}
+            rows = read_jsonl(self.samples, torn=True)
+            self._read = now, {row["id"]: row for row in rows if _is_sample(row)}
         return self._read[1]
 
+    def damaged(self) -> dict[str, str]:
+        """Finished clips whose file is not the one that was written, and why, by clip id."""
+        found = {}
+        for clip_id, row in self._rows().items():
+            file = self.clip(clip_id)
+            if not file.is_file():
+                found[clip_id] = "its file was removed"
+            elif "file_sha256" in row and sha256_file(file) != row["file_sha256"]:
+                found[clip_id] = "its file was changed"
+        return found
+
     def mend(self) -> None:
-        """After a crash, remove incomplete files and an incomplete last line: a new line would be appended to it."""
+        """After a crash or a disk error: remove incomplete files, damaged clips and damaged lines of samples.jsonl."""
         for leftover in [*(self.path / "clips").glob(".*"), *self.path.glob(".*.json*-*")]:
             leftover.unlink(missing_ok=True)
-        if self.samples.is_file():
-            text = self.samples.read_text(encoding="utf-8")
-            if text and not text.endswith("\n"):
-                write_text(self.samples, text[: text.rfind("\n") + 1])
+        if not self.samples.is_file():
+            return
+        for clip_id in (lost := self.damaged()):
+            self.clip(clip_id).unlink(missing_ok=True)
+        kept = [row for clip_id, row in self._rows().items() if clip_id not in lost]
+        lines = self.samples.read_bytes().split(b"\n")
+        if lost or lines[-1] or len(kept) < len(lines) - 1:
+            write_text(self.samples, "".join(canonical(row) + "\n" for row in kept))
 
     def append_sample(self, row: dict[str, Any]) -> None:
         """Append one line to samples.jsonl. Several ranks of a run may do this at the same time."""
@@ -102,3 +117,13 @@ class RunDirectory:
 
     def write_per_clip(self, rows: list[dict[str, Any]]) -> None:
         write_text(self.per_clip, "".join(json.dumps(row, sort_keys=True, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _is_sample(row: dict[str, Any]) -> bool:
+    """Whether a line of samples.jsonl has what scoring needs. A disk error may leave part of a line."""
+    numbers = row.get("seconds"), row.get("peak_memory_mb")
+    return (
+        isinstance(row.get("id"), str)
+        and isinstance(row.get("sha256"), str)
+        and all(isinstance(number, int | float) for number in numbers)
+    )

@@ -1,13 +1,16 @@
 """A grid: runs of several models on several datasets, one after the other, and one report of all."""
 
+import gc
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from dcbench.catalogue import find_dataset, find_model
-from dcbench.errors import UserError, near_match
+from dcbench.errors import LostRank, UserError, near_match
 from dcbench.files import digest
 from dcbench.ranks import rank
 from dcbench.runs.run import Options, Run
@@ -109,10 +112,14 @@ def run_all(runs: Sequence[Run], options: Options, metrics: Sequence[str] | None
             try:
                 step(run)
                 done.append(run)
-            except UserError as error:
+            except LostRank:
+                raise
+            except Exception as error:  # of a model: out of memory, a mistake in its code
                 if single:
                     raise
-                failed.append(f"{name}: {error}")
+                kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+                failed.append(f"{name}: {kind}{error}")
+                _free_memory()
         return done
 
     single = len(runs) == 1
@@ -120,6 +127,13 @@ def run_all(runs: Sequence[Run], options: Options, metrics: Sequence[str] | None
     sampled = each(runs, "generating", lambda run: sample(run, options))
     scored = each(sampled, "scoring", lambda run: score(run, options, metrics))
     return [run.directory.path for run in scored], failed
+
+
+def _free_memory() -> None:
+    """Free what a failed model still holds, so that the next one has room."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def report_folder(finished: Sequence[Path], out: Path | None) -> Path:

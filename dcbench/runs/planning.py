@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from dcbench import machine, record, video, weights
-from dcbench.catalogue import DatasetCard, ModelCard, find_dataset, slug
+from dcbench.catalogue import DatasetCard, ModelCard, find_dataset, known_card, slug
 from dcbench.datasets.base import Item, find_root, load_dataset
 from dcbench.errors import UserError, near_match
 from dcbench.facts import validate
 from dcbench.files import canonical, digest, read_jsonl, write_json, write_text
 from dcbench.progress import track
 from dcbench.protocol import Protocol, add_apart, fingerprint, plan_clips
-from dcbench.ranks import join_ranks, on_first_rank
+from dcbench.ranks import join_ranks, on_first_rank, together
 from dcbench.record import Case, Plan, with_apart
 from dcbench.runs.directory import RunDirectory
 from dcbench.runs.run import Run
@@ -43,7 +43,7 @@ def plan(
     if limit is not None and limit < 1:
         raise UserError(f"--limit {limit}: it must be at least 1")
     resolved = protocol.resolved(dataset.name)
-    items = load_items(dataset, find_root(dataset, data), resolved)
+    items = together(lambda: load_items(dataset, find_root(dataset, data), resolved))
     request = request_of(model, dataset, protocol, data, seed, limit, manifest)
     key = digest(request, 8)
     directory = RunDirectory(out or Path("runs") / f"{model.name}-{dataset.name}-{protocol.name}-{key}")
@@ -146,7 +146,7 @@ def plan_folders(
         folder = {case.id: (clips[case.id], case) for case in own}
         return Run(directory, made, _with_partners(cases, own), resolved, items, folder=folder), own
 
-    run, own = make()
+    run, own = together(make)
     request = {"root": str(reference.resolve()), "generated": str(generated.resolve())}
     cases = [case for case in run.cases if run.has_reference(case)]
     on_first_rank(lambda: _write(run.directory, run.plan, cases, request, own))
@@ -183,14 +183,18 @@ def _write(
         write_json(directory.plan, made.model_dump(mode="json"))  # last, so that an existing plan is complete
 
 
-def reopen(path: Path, data: Path | None = None) -> Run:
-    """Load a run and its data set, to score it again. `data`: the folder of the data set, if it was moved."""
+def reopen(path: Path, data: Path | None = None, dataset: DatasetCard | None = None) -> Run:
+    """Load a run and its data set, to score it again. `data`: the folder of the data set, if it was moved.
+
+    `dataset`: the card of the data set, if this machine does not know it. A run is data, so code that its plan names is
+    not run.
+    """
     join_ranks()
     run = open_run(path, record.read_plan(path))
-    remembered = Path(run.directory.remembered().get("root") or "")
+    remembered = Path(str(run.directory.remembered().get("root") or ""))
     root = data or (remembered if remembered.name and remembered.is_dir() else None)
-    dataset = _recorded_dataset(run.plan, path)
-    return replace(run, items=load_items(dataset, find_root(dataset, root), run.protocol))
+    card = _recorded_dataset(run.plan, path, dataset)
+    return replace(run, items=load_items(card, find_root(card, root), run.protocol))
 
 
 def open_run(path: Path, made: Plan) -> Run:
@@ -198,6 +202,7 @@ def open_run(path: Path, made: Plan) -> Run:
     directory = RunDirectory(path)
     protocol: Protocol = validate(made.protocol, Protocol, f"{path}, protocol")
     cases = record.read_manifest(directory.manifest)
+    _check_fingerprint(directory, made, protocol, cases)
     if not directory.folder.is_file():
         model = validate(made.model, ModelCard, f"{path}, model")
         return Run(directory, made, cases, protocol, {}, model)
@@ -207,12 +212,27 @@ def open_run(path: Path, made: Plan) -> Run:
     return Run(directory, made, _with_partners(cases, own), protocol, {}, folder=folder)
 
 
-def _recorded_dataset(made: Plan, path: Path) -> DatasetCard:
-    """This machine's card of the data set, with the recorded options. If there is none, the recorded card."""
-    try:
-        card = find_dataset(made.dataset["name"])
-    except UserError:
-        return validate(made.dataset, DatasetCard, f"{path}/plan.json, dataset")
+def _check_fingerprint(directory: RunDirectory, made: Plan, protocol: Protocol, cases: Sequence[Case]) -> None:
+    """Raise UserError if plan.json or manifest.jsonl was edited: the fingerprint covers both."""
+    found = fingerprint(protocol, made.dataset["name"], cases)
+    if found != made.fingerprint:
+        raise UserError(
+            f"{directory.path}: plan.json or manifest.jsonl was changed after the run began. Their fingerprint is "
+            f"{found}, the plan says {made.fingerprint}. Put the old files back, or start another run: --out DIR"
+        )
+
+
+def _recorded_dataset(made: Plan, path: Path, given: DatasetCard | None) -> DatasetCard:
+    """The given card of the data set or this machine's, with the recorded options. UserError if there is none."""
+    name = made.dataset["name"]
+    card = given or known_card("datasets", made.dataset)
+    if card is None:
+        raise UserError(
+            f"{path} was made on the data set {name!r}, which this machine does not know. The plan of a run may name "
+            "code, so its card is not used. Give your own: dcbench score RUN --dataset CARD.toml"
+        )
+    if card.name != name:
+        raise UserError(f"{path} was made on the data set {name!r}, but --dataset gives {card.name!r}")
     title, options = made.dataset.get("title", card.title), {**card.options, **made.dataset.get("options", {})}
     return card.model_copy(update={"title": title, "options": options})
 
@@ -277,9 +297,6 @@ def _check_manifest(cases: list[Case], items: dict[str, Item], protocol: Protoco
     wrong = [case.id for case in listed if len(case.frames) != protocol.num_frames]
     if wrong:
         raise UserError(f"{path}: clip {wrong[0]} does not have the protocol's {protocol.num_frames} frames")
-    bad = [case.id for case in listed if min(case.frames) < 0 or not 0 <= case.condition_frame < len(case.frames)]
-    if bad:
-        raise UserError(f"{path}: clip {bad[0]} has a frame number or condition_frame that cannot exist")
     _check_apart(cases, protocol, path)
 
 
@@ -322,4 +339,6 @@ def _begun(directory: RunDirectory, request: dict[str, Any]) -> Chosen | None:
             f"{directory.path} holds another run: it differs in {', '.join(differing)}. "
             "Give the options that it was started with, or another directory: --out DIR"
         )
-    return record.read_plan(directory.path), record.read_manifest(directory.manifest)
+    made, cases = record.read_plan(directory.path), record.read_manifest(directory.manifest)
+    _check_fingerprint(directory, made, validate(made.protocol, Protocol, f"{directory.path}, protocol"), cases)
+    return made, cases

@@ -11,9 +11,10 @@ from dcbench import machine, video
 from dcbench.catalogue import load_entry_point
 from dcbench.clips import pixels_sha256
 from dcbench.errors import UserError
+from dcbench.files import sha256_file
 from dcbench.models.base import ChecksFirst, ImageToVideo, PreparesFirst, Request, check_generated
 from dcbench.progress import track
-from dcbench.ranks import barrier, join_ranks, on_first_rank, rank, world_size
+from dcbench.ranks import held_by_first_rank, join_ranks, on_first_rank, rank, together, world_size
 from dcbench.record import Case
 from dcbench.runs.run import Options, Run
 
@@ -23,31 +24,36 @@ def sample(run: Run, options: Options) -> None:
     if run.model is None:
         return
     join_ranks()
-    with run.directory.locked() if rank() == 0 else contextlib.nullcontext():
+    with held_by_first_rank(run.directory.locked):
         on_first_rank(run.directory.mend)
         finished = run.directory.finished_samples()
         missing = [case for case in run.cases if case.id not in finished]
         if missing:
-            _check_room(run, missing)
-            runtime = options.runtime()
-            machine.forget_peak_memory()
-            model: ImageToVideo = load_entry_point(run.model)(run.model, runtime)
-            if isinstance(model, ChecksFirst):
-                model.check([case.id for case in missing])
-            mine = missing[rank() :: world_size()]
-            batches = [mine[i : i + options.batch_size] for i in range(0, len(mine), options.batch_size)]
-            done = len(run.cases) - len(missing)
-            spent = _prepare(run, model, mine)
-            facts = {
-                "device": runtime.device,
-                "dtype": runtime.dtype or "float32",
-                "hardware": machine.hardware(runtime.device),
-            }
-            facts |= getattr(model, "facts", {})  # from the model itself: its precision, its weights
-            made = _sample_batches(run, model, batches, facts, spent)
-            for _ in track(made, len(mine) + done, "generating", done, options.quiet or rank() > 0):
-                pass
-        barrier()
+            together(lambda: _make(run, options, missing))
+
+
+def _make(run: Run, options: Options, missing: Sequence[Case]) -> None:
+    """Make this rank's share of the missing clips."""
+    assert run.model is not None
+    _check_room(run, missing)
+    runtime = options.runtime()
+    machine.forget_peak_memory()
+    model: ImageToVideo = load_entry_point(run.model)(run.model, runtime)
+    if isinstance(model, ChecksFirst):
+        model.check([case.id for case in missing])
+    mine = missing[rank() :: world_size()]
+    batches = [mine[i : i + options.batch_size] for i in range(0, len(mine), options.batch_size)]
+    done = len(run.cases) - len(missing)
+    spent = _prepare(run, model, mine)
+    facts = {
+        "device": runtime.device,
+        "dtype": runtime.dtype or "float32",
+        "hardware": machine.hardware(runtime.device),
+    }
+    facts |= getattr(model, "facts", {})  # from the model itself: its precision, its weights
+    made = _sample_batches(run, model, batches, facts, spent)
+    for _ in track(made, len(mine) + done, "generating", done, options.quiet or rank() > 0):
+        pass
 
 
 def _prepare(run: Run, model: ImageToVideo, cases: Sequence[Case]) -> dict[str, float]:
@@ -106,11 +112,13 @@ def _sample_batches(
             raise UserError(f"model {run.name} returned {len(made)} clips for {len(requests)} requests")
         for request, clip in zip(requests, made, strict=True):
             clip = check_generated(clip, request, run.name).cpu()
-            video.write_lossless(run.directory.clip(request.clip_id), clip, request.fps)
+            file = run.directory.clip(request.clip_id)
+            video.write_lossless(file, clip, request.fps)
             run.directory.append_sample(
                 {
                     "id": request.clip_id,
                     "sha256": pixels_sha256(clip),
+                    "file_sha256": sha256_file(file),  # of the file, to find damage without decoding
                     "shape": list(clip.shape),
                     "seconds": round(seconds / len(requests) + spent.get(request.clip_id, 0), 4),
                     "peak_memory_mb": round(machine.peak_memory_mb(), 1),

@@ -4,9 +4,9 @@ Each clip is decoded once for all metrics. The next clips are decoded while the 
 kept, so memory does not grow with the number of clips.
 """
 
-import contextlib
 import datetime
 import fnmatch
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,14 +21,15 @@ from dcbench import machine, record, video
 from dcbench.catalogue import MetricCard, cards, find_metric, load_entry_point
 from dcbench.clips import pixels_sha256
 from dcbench.errors import UserError
-from dcbench.files import cache_dir, digest, read_json, read_jsonl, write_json
+from dcbench.files import cache_dir, digest, read_json, write_json
 from dcbench.metrics.base import Metric, Observations, SetMetric, View
 from dcbench.metrics.cache import FeatureCache
 from dcbench.models.base import Runtime
 from dcbench.progress import track
 from dcbench.protocol import Protocol
-from dcbench.ranks import gather, join_ranks, on_first_rank, rank, world_size
+from dcbench.ranks import gather, held_by_first_rank, join_ranks, on_first_rank, rank, together, world_size
 from dcbench.record import Case, Cost, Failure, Record, Score
+from dcbench.runs.directory import RunDirectory
 from dcbench.runs.run import Options, Run
 
 PREFETCH = 3  # cases decoded ahead
@@ -100,6 +101,10 @@ def _card_file(score: Score) -> Path:
     return cache_dir() / "metrics" / f"{digest([score.metric, score.extractor], 32)}.json"
 
 
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) and ("/" in value or "\\" in value or bool(Path(value).suffix))
+
+
 def metric_of(name: str, score: Score, runtime: Runtime, given: MetricCard | None = None) -> Metric:
     """Build the metric of a score again. UserError if this is not possible, or would give other numbers.
 
@@ -110,6 +115,11 @@ def metric_of(name: str, score: Score, runtime: Runtime, given: MetricCard | Non
     if given is None and _card_file(score).is_file():
         card = find_metric(read_json(_card_file(score))["card"])
     elif given is None and card is not None:
+        named = [value for value in score.metric.get("options", {}).values() if _is_path(value)]
+        if any(value not in card.options.values() for value in named):
+            raise UserError(
+                f"it was scored with the file {named[0]!r}; give the card that names it: --metrics CARD.toml"
+            )
         card = card.model_copy(update={"options": {**card.options, **score.metric.get("options", {})}})
     if card is None:
         raise UserError("it was scored with a card that this machine does not have; give it: --metrics CARD.toml")
@@ -350,8 +360,9 @@ def score(run: Run, options: Options, metrics: Sequence[str] | None = None, stri
     """
     join_ranks()
     start = time.perf_counter()
-    with run.directory.locked() if rank() == 0 else contextlib.nullcontext():
-        built = build_metrics(choose_metrics(metrics), options.runtime(), bool(metrics) and strict)
+    with held_by_first_rank(run.directory.locked):
+        on_first_rank(lambda: _check_clips(run))
+        built = together(lambda: build_metrics(choose_metrics(metrics), options.runtime(), bool(metrics) and strict))
         seen = observe_all(run, list(built.built.values()), options, FeatureCache())
         seconds = time.perf_counter() - start
         result = on_first_rank(lambda: _finish(run, options, built, seen, seconds))
@@ -362,14 +373,29 @@ def score(run: Run, options: Options, metrics: Sequence[str] | None = None, stri
     return result
 
 
+def _check_clips(run: Run) -> None:
+    """Raise UserError if a generated clip is damaged: a score without it would silently replace a better one."""
+    if damaged := run.directory.damaged():
+        first, why = next(iter(damaged.items()))
+        raise UserError(
+            f"{run.directory.path}: {len(damaged)} of {len(run.cases)} generated clips are damaged, for example "
+            f"{first} ({why}). `dcbench run` or `dcbench sample` with the options of this run makes them again"
+        )
+
+
 def observe_all(
     run: Run, metrics: Sequence[Metric], options: Options, cache: FeatureCache | None, what: str = "scoring"
 ) -> Seen:
     """Observe all cases of a run. Each rank does its share, and gets the results of all ranks."""
     mine = run.cases[rank() :: world_size()]
-    seen = Seen()
-    for part in track(observe(run, metrics, cache, mine), len(mine), what, quiet=options.quiet or rank() > 0):
-        seen.merge(part)
+
+    def share() -> Seen:
+        seen = Seen()
+        for part in track(observe(run, metrics, cache, mine), len(mine), what, quiet=options.quiet or rank() > 0):
+            seen.merge(part)
+        return seen
+
+    seen = together(share)
     whole = Seen()
     for part in gather(seen):
         whole.merge(part)
@@ -387,12 +413,11 @@ def _finish(run: Run, options: Options, metrics: Metrics, seen: Seen, seconds: f
         hashes = [[case.id, finished[case.id]["sha256"]] for case in cases if case.id in finished]
         hashes += [[case.apart.id, *seen.pixels.get(case.apart.id, [])] for case in cases if case.apart]
         clips_sha256 = digest(hashes, 64)
-    if directory.record.is_file():  # keep the scores of other metrics that an earlier call made on the same clips
-        before = record.read_record(directory.path)
-        if before.clips_sha256 == clips_sha256:
-            scores = {name: value for name, value in before.scores.items() if name not in scores} | scores
-            old = {row["id"]: row for row in read_jsonl(directory.per_clip)}
-            rows = [_merge_row(old.get(row["id"], {}), row) for row in rows]
+    before = _earlier(directory)
+    if before and before.clips_sha256 == clips_sha256:  # keep the scores of other metrics on the same clips
+        scores = {name: value for name, value in before.scores.items() if name not in scores} | scores
+        old = record.read_per_clip(directory.path)
+        rows = [_merge_row(old.get(row["id"], {}), row) for row in rows]
     planned = [case for case in cases if run.has_generated(case)]
     lost = [entry for entry in run.plan.excluded if run.model is None or entry.rule == "unreadable"]
     result = Record(
@@ -411,6 +436,17 @@ def _finish(run: Run, options: Options, metrics: Metrics, seen: Seen, seconds: f
     write_json(directory.record, result.model_dump(mode="json"))
     write_json(directory.cost, _cost(run, options, finished, seconds).model_dump(mode="json"))
     return result
+
+
+def _earlier(directory: RunDirectory) -> Record | None:
+    """The record that an earlier call wrote. A damaged one is made again, without the scores of other metrics."""
+    if not directory.record.is_file():
+        return None
+    try:
+        return record.read_record(directory.path)
+    except UserError as error:
+        print(f"the earlier record is not used: {error}", file=sys.stderr, flush=True)
+        return None
 
 
 def _merge_row(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

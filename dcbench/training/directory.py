@@ -40,7 +40,7 @@ class StageFolder:
 
     def log_lines(self) -> list[dict[str, Any]]:
         """The lines of the log, without one that a crash has cut off."""
-        return read_jsonl(self.log, tolerate_torn_end=True) if self.log.is_file() else []
+        return read_jsonl(self.log, torn=True) if self.log.is_file() else []
 
     def add_to_log(self, line: dict[str, Any]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)

@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from dcbench import protocol as protocols
 from dcbench.files import write_json, write_text
 from dcbench.metrics.distances import score_frechet_infinity
-from dcbench.record import Case, Cost, Plan, Record, Score, read_record, write_manifest
+from dcbench.record import Case, Cost, Plan, Record, Score, read_plan, read_record, write_manifest
 from dcbench.reports import write_report
 from dcbench.reports.figures import Curve, cost_plot, curves, frame_grid
 from dcbench.reports.page import spread
@@ -27,7 +28,7 @@ def clip(seed: int, frames: int = 16, size: int = 32) -> torch.Tensor:
     return torch.cat([whole.roll(i, 3) for i in range(frames)])
 
 
-def make_run(path: Path, title: str, prompt: str = "a prompt", clips: int = 3, fingerprint: str = "f00d") -> Path:
+def make_run(path: Path, title: str, prompt: str = "a prompt", clips: int = 3, selection_seed: int = 0) -> Path:
     """A finished run whose dataset is gone."""
     items = [
         Case(id=f"v{n:02d}", video=f"v{n:02d}.mp4", frames=list(range(16)), fps=8, frame_stride=3,
@@ -35,12 +36,15 @@ def make_run(path: Path, title: str, prompt: str = "a prompt", clips: int = 3, f
         for n in range(clips)
     ]  # fmt: skip
     write_manifest(path / "manifest.jsonl", items)
+    protocol = {
+        "name": "smoke", "version": 1, "title": "t", "summary": "s", "split": "all", "num_clips": 3,
+        "num_frames": 16, "frame_stride": 3, "height": 32, "width": 32, "selection_seed": selection_seed,
+    }  # fmt: skip
+    fingerprint = protocols.fingerprint(protocols.Protocol(**protocol), "folder", items)
     plan = Plan(
         dcbench="0", model={"name": "m", "title": title, "summary": "s"}, seed=1, limit=None, fingerprint=fingerprint,
         dataset={"name": "folder", "title": "My <videos>", "summary": "s", "entry_point": "a:b"},
-        protocol={"name": "smoke", "version": 1, "title": "t", "summary": "s", "split": "all", "num_clips": 3,
-                  "num_frames": 16, "frame_stride": 3, "height": 32, "width": 32},
-        excluded=[], versions={},
+        protocol=protocol, excluded=[], versions={},
     )  # fmt: skip
     fvd = Score(value=float(len(title)), n_reference=3, n_generated=3, higher_is_better=False, fingerprint=fingerprint)
     write_json(path / "plan.json", plan.model_dump(mode="json"))
@@ -128,10 +132,11 @@ def test_writing_the_report_again_changes_nothing(report):
 
 
 def test_runs_of_other_fingerprints_stand_in_their_own_section(tmp_path):
-    runs = [make_run(tmp_path / "a", "A", clips=1), make_run(tmp_path / "b", "B", clips=1, fingerprint="beef")]
+    runs = [make_run(tmp_path / "a", "A", clips=1), make_run(tmp_path / "b", "B", clips=1, selection_seed=1)]
+    prints = [read_plan(run).fingerprint for run in runs]
     write_report(runs, tmp_path / "report")
     source = (tmp_path / "report" / "index.html").read_text()
-    assert source.count("<h2>") == 2 and "f00d" in source and "beef" in source
+    assert source.count("<h2>") == 2 and all(one in source for one in prints)
     assert not list((tmp_path / "report").glob("cost*.png"))  # two fingerprints: nothing to compare
 
 
