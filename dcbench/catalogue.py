@@ -5,7 +5,6 @@ groups `dcbench.models`, `dcbench.datasets` and `dcbench.metrics`: the object is
 This module does not import torch, so `dcbench list` reads every card in a few milliseconds.
 """
 
-import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -22,7 +21,7 @@ from pydantic import Field
 
 from dcbench.errors import UserError, first_line, near_match
 from dcbench.facts import Facts, read_facts, validate
-from dcbench.files import cache_dir, digest, read_json, sha256_file, write_json
+from dcbench.files import cache_dir, digest, optional_cache, read_json, sha256_file, write_json
 
 Scalar = bool | int | float | str
 Condition = Literal["image", "prompt", "fps", "frame_stride", "end_image", "reference"]
@@ -233,7 +232,7 @@ def known_card(kind: Kind, recorded: dict[str, Any]) -> Any:
 
 def _remember(card: Card, path: Path) -> None:
     """Store the path of a user's card on this machine."""
-    with contextlib.suppress(OSError):  # a full or read-only cache: it must be named again
+    with optional_cache():
         write_json(_memory(card.model_dump(mode="json")), {"card": str(path.expanduser().resolve())})
 
 

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,10 +24,26 @@ MODE = 0o666 & ~_umask()
 
 
 def cache_dir() -> Path:
-    """$DCBENCH_CACHE, or ~/.cache/dcbench. Created on first use."""
+    """$DCBENCH_CACHE, or ~/.cache/dcbench. Created on first use, for this user alone. OSError if that is impossible."""
     path = Path(os.environ.get("DCBENCH_CACHE") or Path.home() / ".cache" / "dcbench").expanduser().absolute()
-    path.mkdir(parents=True, exist_ok=True)
+    if not path.is_dir():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, exist_ok=True)
     return path
+
+
+_warned: set[str] = set()
+
+
+@contextlib.contextmanager
+def optional_cache() -> Iterator[None]:
+    """The block may fail because the cache is full, read-only or impossible: the work goes on, with one warning."""
+    try:
+        yield
+    except OSError as error:
+        if not _warned:
+            _warned.add(str(error))
+            print(f"nothing is kept in the cache: {error}. DCBENCH_CACHE names another folder", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcbench.errors import UserError
-from dcbench.files import cache_dir, sha256_file
+from dcbench.files import cache_dir, optional_cache, sha256_file
 from dcbench.weights import MissingWeights, load_tensors, save_tensors, tensors_sha256
 
 MIN_FRAMES = 9  # the last pool needs 2 of ceil(t / 8) time steps
@@ -211,9 +211,11 @@ def weights_path() -> Path:
 
 def _read_package(path: Path) -> dict[str, Tensor]:
     """The package's tensors. The pickle is converted once to a safetensors file in the cache."""
-    converted = cache_dir() / "i3d" / f"i3d-kinetics-400-{PACKAGE_SHA256[:16]}.safetensors"
-    if converted.is_file():
-        return load_tensors(converted)
+    converted = None
+    with optional_cache():
+        converted = cache_dir() / "i3d" / f"i3d-kinetics-400-{PACKAGE_SHA256[:16]}.safetensors"
+        if converted.is_file():
+            return load_tensors(converted)
     found = sha256_file(path)
     if found != PACKAGE_SHA256:
         raise UserError(
@@ -222,7 +224,9 @@ def _read_package(path: Path) -> dict[str, Tensor]:
         )
     with path.open("rb") as file:
         state = convert_package_weights(_ArraysOnly(file).load())
-    save_tensors(state, converted)
+    with optional_cache():
+        if converted is not None:
+            save_tensors(state, converted)
     return state
 
 

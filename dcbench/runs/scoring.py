@@ -21,7 +21,7 @@ from dcbench import machine, record, video
 from dcbench.catalogue import MetricCard, cards, find_metric, load_entry_point
 from dcbench.clips import pixels_sha256
 from dcbench.errors import UserError
-from dcbench.files import cache_dir, digest, read_json, write_json
+from dcbench.files import cache_dir, digest, optional_cache, read_json, write_json
 from dcbench.metrics.base import Metric, Observations, SetMetric, View
 from dcbench.metrics.cache import FeatureCache
 from dcbench.models.base import Runtime
@@ -282,7 +282,7 @@ def _observation(metric: Metric, view: View, of: Prepared, cache: FeatureCache |
         needed["image"] = pixels_sha256(needed["image"])
     if isinstance(metric, SetMetric):
         key = f"{metric.observation_key}-{digest([pixels, needed], 64) if needed else pixels}"
-        found = cache.get(key)
+        found = cache.get(key, {"features": (metric.extractor.num_features,)})
         if found is None:
             found = {"features": metric.observe(view)}
             cache.put(key, found)
@@ -369,7 +369,8 @@ def score(run: Run, options: Options, metrics: Sequence[str] | None = None, stri
     for name in metrics or ():
         if name.endswith(".toml"):
             made = result.scores[score_name(find_metric(name))]
-            write_json(_card_file(made), {"card": str(Path(name).expanduser().resolve())})
+            with optional_cache():
+                write_json(_card_file(made), {"card": str(Path(name).expanduser().resolve())})
     return result
 
 
