@@ -5,6 +5,7 @@ same data. `plan_clips` makes the manifest from a protocol and a dataset; direct
 """
 
 import hashlib
+import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -23,9 +24,9 @@ from dcbench.seeding import clip_seed
 FOLDER = Path(__file__).parent / "protocols"
 
 
-def _later(default: str) -> Any:
+def _later(default: Any, **limits: Any) -> Any:
     """A field that older protocols do not have. It is not written while it has its default: fingerprints stay."""
-    return Field(default=default, exclude_if=lambda value: value == default)
+    return Field(default=default, exclude_if=lambda value: value == default, **limits)
 
 
 class Protocol(Facts):
@@ -43,6 +44,7 @@ class Protocol(Facts):
     # which frames
     num_frames: int = Field(ge=1)
     frame_stride: int = Field(ge=1)
+    fps: float | None = _later(None, gt=0, le=1000)  # videos are read at this rate, by time; None: each at its own
     start: Literal["random", "first", "middle"] = "random"
     short_videos: Literal["drop", "shrink_stride"] = "drop"
     condition: Literal["first", "random"] = "first"  # which frame of the clip is the input image
@@ -259,7 +261,8 @@ def _choose(
             lost += 1
         elif (case := make_case(protocol, item, info, run_seed)) is None:
             needed = protocol.span if protocol.short_videos == "drop" else protocol.num_frames
-            reason = f"{info.num_frames} frames; {needed} are needed"
+            rate = f" at {protocol.fps:g} fps" if protocol.fps else ""
+            reason = f"{info.num_frames} frames at {info.fps:g} fps; {needed}{rate} are needed"
             excluded.append(Excluded(id=item.id, reason=reason, rule="short"))
         else:
             chosen.append(case)
@@ -270,10 +273,14 @@ def _choose(
 
 def make_case(protocol: Protocol, item: ItemT, info: ProbedVideo, run_seed: int) -> Case | None:
     """The case of one video. None if the video is too short."""
-    frames = choose_frames(protocol, item.id, info.num_frames)
+    rate = protocol.fps or info.fps
+    step = info.fps / rate  # source frames from one frame to the next at this rate
+    frames = choose_frames(protocol, item.id, math.floor((info.num_frames - 1) / step + 1e-6) + 1)
     if frames is None:
         return None
     indices, stride = frames
+    if step != 1:  # the frame that is nearest in time
+        indices = [min(info.num_frames - 1, math.floor(index * step + 0.5)) for index in indices]
     prompt, caption_index = choose_caption(protocol, item.id, item.captions)
     condition = 0
     if protocol.condition == "random":
@@ -283,7 +290,7 @@ def make_case(protocol: Protocol, item: ItemT, info: ProbedVideo, run_seed: int)
         video=item.path,
         frames=indices,
         condition_frame=condition,
-        fps=info.fps / stride,
+        fps=rate / stride,
         frame_stride=stride,
         prompt=prompt,
         caption_index=caption_index,

@@ -128,6 +128,8 @@ class Record(Stored):
     failures: list[Failure] = []
     clips_sha256: str  # of all clip hashes in the manifest's order
     decoders: dict[str, NonNegativeInt] = {}  # reference clips read by each decoder
+    # about the clips as a whole, such as other frame rates than those of the reference
+    warnings: list[str] = Field(default=[], exclude_if=lambda warnings: not warnings)
 
     @model_validator(mode="after")
     def _counts_fit(self) -> "Record":

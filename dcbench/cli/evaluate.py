@@ -143,6 +143,10 @@ def score(
     ] = None,
     data: Data = None,
     out: Out = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Folders: at most so many videos of each.")] = None,
+    fps: Annotated[
+        float | None, typer.Option("--fps", help="Folders: read both at this frame rate, by time; else frame by frame.")
+    ] = None,
     metrics: MetricNames = None,
     device: Device = "auto",
     download: Download = False,
@@ -158,9 +162,12 @@ def score(
             raise UserError(f"{generated} is a run, and its plan names the reference clips; leave out --reference")
         if groups:
             raise UserError(f"{generated} is a run, and its manifest names the groups; leave out --groups")
+        if limit is not None or fps is not None:
+            raise UserError(f"{generated} is a run, and its manifest names the frames; leave out --limit and --fps")
         run = planning.reopen(generated, data, find_dataset(dataset) if dataset else None)
         score_run(run, options, names(metrics))
-        _report([generated], run.directory.report)
+        if _first_rank():
+            _report([generated], run.directory.report)
         return
     if reference is None:
         raise UserError(
@@ -169,8 +176,9 @@ def score(
         )
     from dcbench.runs.folders import score_folders
 
-    directory = score_folders(generated, reference, protocol, options, names(metrics), out, groups)
-    _report([directory], directory / "report")
+    directory = score_folders(generated, reference, protocol, options, names(metrics), out, groups, limit, fps)
+    if _first_rank():
+        _report([directory], directory / "report")
 
 
 def _print_plan(run: "Run") -> None:

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from dcbench.cli.options import Data, Limit, ProtocolName, Seed
 from dcbench.errors import UserError
 
 data = typer.Typer(no_args_is_help=True, help="Make or verify a dataset's files.")
@@ -67,6 +68,30 @@ def data_verify(
     print("\n\n".join(result.text() for result in results))
     if not all(result.ok for result in results):
         raise typer.Exit(1)
+
+
+@data.command("inputs")
+def data_inputs(
+    dataset: Annotated[str, typer.Argument(help="A name, alias or card.toml.")],
+    out: Annotated[Path, typer.Option("--out", help="A new folder.")],
+    protocol: ProtocolName = None,
+    data: Data = None,
+    limit: Limit = None,
+    seed: Seed = 123,
+) -> None:
+    """Write the protocol's input images and prompts as files, for a system that dcbench cannot run."""
+    from dcbench.catalogue import find_dataset
+    from dcbench.protocol import find_protocol
+    from dcbench.runs.inputs import write_inputs
+
+    card = find_dataset(dataset)
+    count = write_inputs(card, find_protocol(protocol or card.protocol), out, data, seed, limit)
+    where = (f" --data {data}" if data else "") + (f" --protocol {protocol}" if protocol else "")
+    print(
+        f"{count} inputs are in {out}: inputs.jsonl names images and prompts. Put a video <clip_id>.mp4 for each into "
+        f"a folder CLIPS, then:\n"
+        f"  dcbench run --model CLIPS --dataset {dataset}{where} --manifest {out / 'manifest.jsonl'}"
+    )
 
 
 @cache.command("list")

@@ -36,8 +36,8 @@ NO_SPREAD = "none: the value is the same without any part of the clips"
 
 
 NEEDED = {
-    "image": "the input image",
-    "prompt": "a prompt",
+    "image": "the input image, a frame of its reference clip",
+    "prompt": "a caption",
     "reference": "a reference clip",
     "fps": "a frame rate",
     "truth": "what the clip should show",
@@ -168,7 +168,7 @@ class Metric:
         """A message that names the first input that the metric needs and the case does not have. None: it has all."""
         for name in self.card.needs:
             if getattr(view, name) is None:
-                return f"{self.card.name} needs {NEEDED[name]}, which this clip does not have"
+                return f"no {name if name != 'prompt' else 'caption'}: {self.card.name} needs {NEEDED[name]}"
         return None
 
     def observe(self, view: View) -> Any:

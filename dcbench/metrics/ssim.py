@@ -27,11 +27,16 @@ class SsimImage(ClipMetric):
         height, width = clip.shape[-2:]
         if min(height, width) < WINDOW:
             raise UserError(f"{self.card.name}: frames of {height}x{width}; its window needs {WINDOW} pixels")
-        target = resize(image[None], height, width).double().expand_as(clip)
-        with torch.inference_mode():
-            found = ssim(clip.double(), target, data_range=255.0, reduction="none")
-        assert isinstance(found, Tensor)
+        found = ssim_of(clip, resize(image[None], height, width).expand_as(clip))
         return {"value": float(found.mean()), "per_frame": found.tolist()}
+
+
+def ssim_of(frames: Tensor, others: Tensor) -> Tensor:
+    """uint8 [t 3 h w] twice, at least WINDOW pixels high and wide -> float64 [t]"""
+    with torch.inference_mode():
+        found = ssim(frames.double(), others.double(), data_range=255.0, reduction="none")
+    assert isinstance(found, Tensor)
+    return found
 
 
 def build(card: MetricCard, runtime: Any) -> SsimImage:

@@ -385,6 +385,8 @@ def _explain(runs: Sequence[Result], found: Sequence[Number], table: Table) -> N
     for text, titles in by_text.items():
         table.note(f"{', '.join(dict.fromkeys(titles))}: {text}")
     for run in runs:
+        for warning in run.record.warnings:
+            table.note(f"{labels[run.path]} on {run.dataset}: {warning}")
         lost = {failure.id: failure.reason for failure in run.record.failures}
         if lost:
             first = next(iter(lost))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dcbench import machine, record, video, weights
-from dcbench.catalogue import DatasetCard, ModelCard, find_dataset, known_card, slug
+from dcbench.catalogue import DatasetCard, ModelCard, find_dataset, known_card
 from dcbench.datasets.base import Item, find_root, load_dataset
 from dcbench.errors import UserError, near_match
 from dcbench.facts import validate
@@ -57,7 +57,7 @@ def plan(
             _check_manifest(cases, items, resolved, manifest)
         else:
             wanted = min(resolved.num_clips, len(items), limit or len(items))
-            probe = _probe(wanted, "reading videos", quiet)
+            probe = prober(wanted, "reading videos", quiet)
             cases, excluded = plan_clips(resolved, list(items.values()), probe, seed, limit)
         made = Plan(
             dcbench=__version__,
@@ -71,7 +71,7 @@ def plan(
             versions=machine.versions(),
         )
         if write:
-            _write(directory, made, cases, request)
+            write_plan(directory, made, cases, request)
         return made, cases
 
     made, cases = on_first_rank(make)
@@ -100,67 +100,14 @@ def request_of(
     }
 
 
-def plan_folders(
-    generated: Path,
-    reference: Path,
-    protocol: Protocol,
-    out: Path | None = None,
-    quiet: bool = False,
-    groups: Path | None = None,
-) -> Run:
-    """A run whose generated clips are the videos of one folder, and whose reference clips are those of another.
-
-    The protocol applies to both. Videos with the same name are a pair. A video without a partner is its own case.
-    `groups`: a file that names the source video or input image of videos of both folders; else each folder's own.
-    """
-    join_ranks()
-    resolved = protocol.resolved("folder")
-    if resolved.reference_videos == "disjoint":
-        raise UserError(
-            f'protocol {protocol.name}: reference_videos = "disjoint" chooses reference videos, but here --reference '
-            'names them. Use a protocol with "paired", and put the videos that you want to compare with in that folder'
-        )
-    name, title = generated.resolve().name, reference.resolve().name
-
-    def make() -> tuple[Run, list[Case]]:
-        planned, sides = {}, {"reference": reference, "generated": generated}
-        for side, root in sides.items():
-            items = _folder_items(root, resolved, groups)
-            probe = _probe(len(items), f"reading {side} videos", quiet)
-            planned[side] = items, *plan_clips(resolved, list(items.values()), probe, run_seed=0)
-        (items, cases, lost), (clips, own, lost_clips) = planned["reference"], planned["generated"]
-        made = Plan(
-            dcbench=__version__,
-            model={"name": slug(name), "title": name},
-            dataset={"name": "folder", "title": title},
-            protocol=resolved.model_dump(mode="json"),
-            seed=0,
-            limit=None,
-            fingerprint=fingerprint(resolved, "folder", cases),
-            excluded=[*lost, *lost_clips],
-            versions=machine.versions(),
-        )
-        chosen = [[case.model_dump(mode="json") for case in side] for side in (cases, own)]
-        key = digest([resolved.identity(), *chosen], 8)
-        directory = RunDirectory(out or Path("runs") / f"{slug(name)}-against-{slug(title)}-{key}")
-        folder = {case.id: (clips[case.id], case) for case in own}
-        return Run(directory, made, _with_partners(cases, own), resolved, items, folder=folder), own
-
-    run, own = together(make)
-    request = {"root": str(reference.resolve()), "generated": str(generated.resolve())}
-    cases = [case for case in run.cases if run.has_reference(case)]
-    on_first_rank(lambda: _write(run.directory, run.plan, cases, request, own))
-    return run
-
-
-def _with_partners(cases: Sequence[Case], own: Sequence[Case]) -> list[Case]:
+def with_partners(cases: Sequence[Case], own: Sequence[Case]) -> list[Case]:
     """The cases of the reference videos, and cases without frames for clips without a reference. Sorted by id."""
     known = {case.id for case in cases}
     alone = [case.model_copy(update={"video": "", "frames": []}) for case in own if case.id not in known]
     return sorted([*cases, *alone], key=lambda case: case.id)
 
 
-def _folder_items(folder: Path, protocol: Protocol, groups: Path | None = None) -> dict[str, Item]:
+def folder_items(folder: Path, protocol: Protocol, groups: Path | None = None) -> dict[str, Item]:
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; expected a folder of videos ({', '.join(video.SUFFIXES)})")
     card = find_dataset("folder")
@@ -168,7 +115,7 @@ def _folder_items(folder: Path, protocol: Protocol, groups: Path | None = None) 
     return load_items(card.model_copy(update={"options": options}), folder, protocol)
 
 
-def _write(
+def write_plan(
     directory: RunDirectory,
     made: Plan,
     cases: Sequence[Case],
@@ -207,9 +154,10 @@ def open_run(path: Path, made: Plan) -> Run:
         model = validate(made.model, ModelCard, f"{path}, model")
         return Run(directory, made, cases, protocol, {}, model)
     own = record.read_manifest(directory.folder)
-    clips = _folder_items(Path(directory.remembered().get("generated", "")), protocol)
-    folder = {case.id: (clips[case.id], case) for case in own if case.id in clips}
-    return Run(directory, made, _with_partners(cases, own), protocol, {}, folder=folder)
+    clips = folder_items(Path(str(directory.remembered().get("generated", ""))), protocol)
+    by_path = {item.path: item for item in clips.values()}
+    folder = {case.id: (by_path[case.video], case) for case in own if case.video in by_path}
+    return Run(directory, made, with_partners(cases, own), protocol, {}, folder=folder)
 
 
 def _check_fingerprint(directory: RunDirectory, made: Plan, protocol: Protocol, cases: Sequence[Case]) -> None:
@@ -275,7 +223,7 @@ def _with_decoder(item: Item, protocol: Protocol) -> Item:
     return replace(item, video=replace(item.video, decoder=protocol.decoder))
 
 
-def _probe(wanted: int, what: str, quiet: bool) -> Callable[[Sequence[Item]], Iterator[Any]]:
+def prober(wanted: int, what: str, quiet: bool) -> Callable[[Sequence[Item]], Iterator[Any]]:
     """For `plan_clips`: a function that yields the facts of videos in order. A few are read ahead in parallel."""
 
     def infos(order: Sequence[Item]) -> Iterator[Any]:
@@ -316,7 +264,7 @@ def _check_apart(cases: Sequence[Case], protocol: Protocol, path: Path) -> None:
 
 def choose_apart(run: Run, cases: Sequence[Case], quiet: bool) -> list[Case]:
     """Cases of a "paired" run with the clips apart that "disjoint" chooses. UserError if there are too few videos."""
-    probe = _probe(len(cases), "reading videos", quiet)
+    probe = prober(len(cases), "reading videos", quiet)
     items = list(run.items.values())
     return add_apart(run.protocol, cases, items, probe, run.plan.seed, run.plan.excluded)[0]
 

@@ -29,6 +29,7 @@ from dcbench.progress import track
 from dcbench.protocol import Protocol
 from dcbench.ranks import gather, held_by_first_rank, join_ranks, on_first_rank, rank, together, world_size
 from dcbench.record import Case, Cost, Failure, Record, Score
+from dcbench.runs import suspect
 from dcbench.runs.directory import RunDirectory
 from dcbench.runs.run import Options, Run
 
@@ -144,6 +145,7 @@ class Seen:
     # case id -> hashes of [reference, generated]; "": none. Also of the cases apart, which are not generated
     pixels: dict[str, list[str]] = field(default_factory=dict)
     decoders: dict[str, str] = field(default_factory=dict)  # case id -> the decoder of the reference
+    likenesses: dict[str, float] = field(default_factory=dict)  # case id -> see `suspect.likeness`
     failures: list[Failure] = field(default_factory=list)
 
     def merge(self, other: "Seen") -> None:
@@ -153,6 +155,7 @@ class Seen:
                 mine.setdefault(key, {}).update(table)
         self.pixels.update(other.pixels)
         self.decoders.update(other.decoders)
+        self.likenesses.update(other.likenesses)
         self.failures.extend(other.failures)
 
     def of(self, metric: Metric, cases: Sequence[Case]) -> Observations:
@@ -180,14 +183,13 @@ class Prepared:
     seen: Seen
     protocol: Protocol
     apart: "Prepared | None" = None  # of the case apart
-    error: UserError | None = None  # of a metric; for a clip that cannot be read, the worker raises UserError
 
 
 def observe(run: Run, metrics: Sequence[Metric], cache: FeatureCache | None, cases: Sequence[Case]) -> Iterator[Seen]:
     """One pass over the cases. Yields the results of each case; merge them. `cache` None: nothing is cached.
 
     On a CPU, each core takes its own case. This is faster than all cores on one clip, and features do not depend on the
-    number of cores. A clip that cannot be read is a failure; an error of a metric is raised.
+    number of cores. A clip that cannot be read is a failure. What one metric cannot observe, the others can.
     """
     distinct = list({metric.observation_key: metric for metric in metrics}.values())
     parallel = [metric for metric in distinct if metric.in_workers]
@@ -198,24 +200,16 @@ def observe(run: Run, metrics: Sequence[Metric], cache: FeatureCache | None, cas
         done = _read(run, case, Seen(), run.has_generated(case))
         if run.protocol.reference_videos == "disjoint" and case.apart:
             done.apart = _read(run, case.apart, done.seen, generated=False)
-        try:
-            for metric in parallel:
-                _observe_case(metric, done, cache)
-        except UserError as error:
-            done.error = error
+        for metric in parallel:
+            _observe_case(metric, done, cache)
         return done
 
     for case, got in zip(cases, video.in_order(prepare, cases, cores, cores + PREFETCH), strict=True):
         if isinstance(got, UserError):
             yield Seen(failures=[Failure(id=case.id, reason=str(got))])
             continue
-        try:
-            if got.error:
-                raise got.error
-            for metric in others:
-                _observe_case(metric, got, cache)
-        except UserError as error:
-            raise UserError(f"clip {case.id}: {error}") from error
+        for metric in others:
+            _observe_case(metric, got, cache)
         yield got.seen
 
 
@@ -227,6 +221,9 @@ def _read(run: Run, case: Case, seen: Seen, generated: bool) -> Prepared:
     if generated:
         made = run.generated(case)
     seen.pixels[case.id] = [pixels_sha256(clip) if clip is not None else "" for clip in (reference, made)]
+    if reference is not None and made is not None and suspect.is_made_elsewhere(run):
+        likeness = suspect.likeness(case, made, reference)
+        seen.likenesses |= {} if likeness is None else {case.id: likeness}
     item = run.items.get(case.id)
     return Prepared(case, reference, made, item.truth if item else None, seen, run.protocol)
 
@@ -249,8 +246,11 @@ def _observe_case(metric: Metric, of: Prepared, cache: FeatureCache | None) -> N
         view = _view(metric, clip, side)
         if lack := metric.lacks(view):
             of.seen.lacking.setdefault(key, {})[of.case.id] = lack
-        else:
+            continue
+        try:
             table[key] = {of.case.id: _observation(metric, view, side, cache)}
+        except UserError as error:  # this metric cannot observe this clip; the others can
+            of.seen.lacking.setdefault(key, {})[of.case.id] = str(error)
 
 
 def _view(metric: Metric, clip: Tensor, of: Prepared) -> View:
@@ -258,7 +258,7 @@ def _view(metric: Metric, clip: Tensor, of: Prepared) -> View:
     has_reference = of.reference is not None
     known: dict[str, Any] = {
         "image": of.reference[of.case.condition_frame] if of.reference is not None else None,
-        "prompt": of.case.prompt if has_reference else None,
+        "prompt": of.case.prompt if has_reference and of.case.prompt.strip() else None,
         "reference": of.reference,
         "fps": of.case.fps,
         "truth": of.truth,
@@ -432,7 +432,10 @@ def _finish(run: Run, options: Options, metrics: Metrics, seen: Seen, seconds: f
         ],
         clips_sha256=clips_sha256,
         decoders=dict(sorted(Counter(seen.decoders.values()).items())),
+        warnings=suspect.warnings(run, seen.likenesses),
     )
+    for warning in result.warnings:
+        print(f"WARNING: {warning}", file=sys.stderr, flush=True)
     directory.write_per_clip(rows)
     write_json(directory.record, result.model_dump(mode="json"))
     write_json(directory.cost, _cost(run, options, finished, seconds).model_dump(mode="json"))

@@ -21,6 +21,7 @@ from dcbench.metrics.distances import score_frechet
 from dcbench.protocol import find_protocol
 from dcbench.reports import write_report
 from dcbench.runs import planning, scoring
+from dcbench.runs.folders import plan_folders
 from dcbench.runs.run import Options, Run
 from dcbench.runs.sampling import sample
 
@@ -261,7 +262,7 @@ def test_a_case_that_lacks_what_a_metric_needs_has_no_value_and_the_reason_is_sa
     for folder, names in (("made", ("both", "made")), ("real", ("both", "real"))):
         for name in names:
             video.write_mp4(tmp_path / folder / f"{name}.mp4", clips[name], 8)
-    folders = planning.plan_folders(tmp_path / "made", tmp_path / "real", find_protocol("folders"), tmp_path / "run")
+    folders = plan_folders(tmp_path / "made", tmp_path / "real", find_protocol("folders"), tmp_path / "run")
     assert [case.id for case in folders.cases] == ["both", "made", "real"]
     scores = scoring.score(folders, QUIET, ["ssim_image", "motion", "judge_shape"]).scores
     assert scores["ssim_image"].n_generated == 1

@@ -12,7 +12,7 @@ from dcbench import ranks
 from dcbench.errors import UserError
 
 MODEL = """
-import os, signal
+import os, signal, time
 from pathlib import Path
 from dcbench.errors import UserError
 
@@ -25,6 +25,7 @@ class Fails:
     def generate(self, requests):
         if os.environ.get("RANK") == "1" and Path("fault").exists():
             kind = Path("fault").read_text()
+            Path("when").write_text(str(time.time()))
             if kind == "UserError":
                 raise UserError("this is the cause")
             if kind == "RuntimeError":
@@ -35,12 +36,11 @@ class Fails:
 
 
 def torchrun(folder: Path, *arguments: str) -> tuple[int, list[str], float]:
-    """(exit code, dcbench's own lines on standard error, seconds) of a run with two processes."""
+    """(exit code, dcbench's own lines on standard error, seconds from the fault to the end) of two processes."""
     (folder / "model.py").write_text(MODEL)
     (folder / "program.py").write_text("from dcbench.cli import main\nmain()\n")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "program.py"]
     command = ["run", "--dataset", "shapes", "--limit", "4", "--metrics", "motion", "--device", "cpu", "--out", "out"]
-    start = time.monotonic()
     done = subprocess.run(
         [*launch, *command, *arguments],
         cwd=folder,
@@ -50,7 +50,8 @@ def torchrun(folder: Path, *arguments: str) -> tuple[int, list[str], float]:
     )
     said = [line for line in done.stderr.splitlines() if line.startswith(("dcbench:", "process "))]
     assert "dcbench/ranks.py" not in done.stderr  # no traceback of ours; torchrun prints its own
-    return done.returncode, said, time.monotonic() - start
+    when = folder / "when"
+    return done.returncode, said, time.time() - float(when.read_text()) if when.exists() else 0.0
 
 
 def finished(folder: Path) -> int:
