@@ -175,6 +175,8 @@ def _find(kind: Kind, name: str) -> Any:
 
 def find_model(name: str) -> ModelCard:
     """A card by name, alias or path. A folder of clips, or `file.py:Class`, gives a new card."""
+    if "\0" in name:
+        raise UserError(f"--model {name!r}: a name cannot hold NUL")
     path, _, attribute = name.rpartition(":")
     if path.endswith(".py"):
         return _own_model(Path(path).expanduser(), attribute)

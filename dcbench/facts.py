@@ -8,6 +8,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ConfigDict, Tag, ValidationError
 
 from dcbench.errors import UserError, first_line, near_match
+from dcbench.files import read_bytes
 
 
 class Facts(BaseModel):
@@ -35,11 +36,9 @@ def find_toml(what: str, name: str, folder: Path, prefix: str = "") -> Path:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
+    data = read_bytes(path)
     try:
-        with path.open("rb") as file:
-            return tomllib.load(file)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        return tomllib.loads(data.decode())
     except (ValueError, RecursionError) as error:  # endless nesting, a number of 5000 digits
         raise UserError(f"{path} is not valid TOML: {first_line(error)}") from error
 

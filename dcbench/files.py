@@ -4,13 +4,14 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dcbench.errors import UserError
+from dcbench.errors import UserError, first_line
 
 
 def _umask() -> int:
@@ -74,6 +75,19 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a regular file. UserError for anything else: a pipe or a device may never end."""
+    try:
+        is_regular = stat.S_ISREG(path.stat().st_mode)
+        data = path.read_bytes() if is_regular else b""
+    except (OSError, ValueError) as error:  # ValueError: NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read {path}: {reason}") from error
+    if not is_regular:
+        raise UserError(f"cannot read {path}: it is no regular file")
+    return data
+
+
 def parse_json(text: str | bytes) -> Any:
     """The value of a JSON text. ValueError for anything else, also for NaN, infinity and endless nesting."""
     try:
@@ -88,22 +102,18 @@ def _no_constant(name: str) -> None:
 
 def read_json(path: Path) -> Any:
     """The value in a JSON file; UserError when it cannot be read."""
+    data = read_bytes(path)
     try:
-        return parse_json(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        return parse_json(data)
     except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
+        raise UserError(f"{path} is not valid JSON: {first_line(error)}") from error
 
 
 def read_jsonl(path: Path, torn: bool = False) -> list[dict[str, Any]]:
     """Objects of a JSONL file. `torn`: a crash may have damaged lines, which are skipped. UserError otherwise."""
-    try:
-        lines = path.read_bytes().split(b"\n")  # not splitlines: a JSON string may hold other line separators
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     rows = []
-    for number, line in enumerate(lines, 1):
+    # not splitlines: a JSON string may hold other line separators
+    for number, line in enumerate(read_bytes(path).split(b"\n"), 1):
         if not line.strip():
             continue
         try:
