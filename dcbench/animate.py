@@ -3,6 +3,7 @@
 Any image-to-video model does the first; a model that conditions on an end image does the others.
 """
 
+import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from dcbench import video
 from dcbench.catalogue import ModelCard, cards, load_entry_point
-from dcbench.errors import UserError, near_match
+from dcbench.errors import UserError, first_line, near_match
+from dcbench.files import read_bytes
 from dcbench.models.base import ImageToVideo, ReportsSteps, Request, Runtime, TakesMotion, check_generated
 from dcbench.progress import track
 from dcbench.seeding import clip_seed
@@ -37,8 +39,9 @@ class Scene:
 
 def read_image(path: Path) -> Tensor:
     """A picture file -> uint8 [3, h, w]; turned as its camera says, transparency over white."""
+    data = io.BytesIO(read_bytes(path))
     try:
-        with Image.open(path) as file:
+        with Image.open(data) as file:
             picture = ImageOps.exif_transpose(file)
             if picture.has_transparency_data:
                 picture = picture.convert("RGBA")
@@ -58,12 +61,14 @@ def read_story(path: Path) -> tuple[list[Scene], float | None]:
 
     Pictures lie relative to the file; a scene without an image goes on from the last frame before it.
     """
+    data = read_bytes(path)
     try:
-        story = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from error
+        text = data.decode()
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise UserError(f"{path}: aliases (*name) are not read; write the value again")  # nested, they explode
+        story = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path} is not valid YAML: {first_line(error)}") from error
     if not isinstance(story, Mapping) or not isinstance(story.get("scenes"), list) or not story["scenes"]:
         raise UserError(f"{path}: expected 'scenes:' with a list of 'image:' and 'prompt:'")
     _check_keys(story, ("fps", "scenes"), str(path))

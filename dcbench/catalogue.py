@@ -21,7 +21,7 @@ from pydantic import Field
 
 from dcbench.errors import UserError, first_line, near_match
 from dcbench.facts import Facts, read_facts, validate
-from dcbench.files import cache_dir, digest, optional_cache, read_json, sha256_file, write_json
+from dcbench.files import cache_dir, digest, not_a_whole_disk, optional_cache, read_json, sha256_file, write_json
 
 Scalar = bool | int | float | str
 Condition = Literal["image", "prompt", "fps", "frame_stride", "end_image", "reference"]
@@ -175,13 +175,13 @@ def _find(kind: Kind, name: str) -> Any:
 
 def find_model(name: str) -> ModelCard:
     """A card by name, alias or path. A folder of clips, or `file.py:Class`, gives a new card."""
-    if "\0" in name:
-        raise UserError(f"--model {name!r}: a name cannot hold NUL")
+    if not name or "\0" in name:
+        raise UserError(f"--model {name!r}: give a name, a card.toml, file.py:Class, or a folder of clips")
     path, _, attribute = name.rpartition(":")
     if path.endswith(".py"):
         return _own_model(Path(path).expanduser(), attribute)
     if Path(name).expanduser().is_dir() and name not in cards("models"):
-        folder = Path(name).expanduser()
+        folder = not_a_whole_disk(Path(name).expanduser())
         card: ModelCard = _find("models", "videos")
         options = card.options | {"folder": str(folder.resolve())}
         return card.model_copy(update={"name": slug(folder.resolve().name), "title": folder.name, "options": options})

@@ -75,6 +75,14 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def not_a_whole_disk(folder: Path) -> Path:
+    """The folder. UserError for / and for the home folder or one above: to list them takes hours."""
+    home = Path.home().resolve()
+    if folder.resolve() in (home, *home.parents):
+        raise UserError(f"{folder} holds more than clips; give the folder of the clips itself")
+    return folder
+
+
 def read_bytes(path: Path) -> bytes:
     """The bytes of a regular file. UserError for anything else: a pipe or a device may never end."""
     try:

@@ -1,9 +1,10 @@
 import json
+import os
 
 import pytest
 
 from dcbench.errors import UserError
-from dcbench.files import canonical, read_jsonl, write_text
+from dcbench.files import MODE, canonical, read_jsonl, write_text
 from dcbench.record import Case, check_clip_id, read_manifest, read_record, write_manifest
 
 ITEM = Case(id="a", video="a.avi", frames=[0, 3], fps=8.0, frame_stride=3, prompt="λ", caption_index=0, seed=1)
@@ -82,3 +83,14 @@ def test_a_failed_write_leaves_the_old_text(tmp_path):
         write_text(path, "new \udcff")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_files_have_the_modes_of_the_umask_and_writing_never_changes_it(tmp_path, monkeypatch):
+    """The umask belongs to the whole process: changing it for a moment gives other threads' files other modes."""
+
+    def changed(mask: int) -> int:
+        raise AssertionError("the umask was changed")
+
+    monkeypatch.setattr(os, "umask", changed)
+    write_text(tmp_path / "a.txt", "text")
+    assert (tmp_path / "a.txt").stat().st_mode & 0o777 == MODE

@@ -76,7 +76,8 @@ def main() -> None:
         if os.environ.get("DCBENCH_TRACEBACK"):
             traceback.print_exc()
         if message := explain(error):
-            print(f"dcbench: {message}", file=sys.stderr)
+            brief = message if len(message) < 6000 else f"{message[:3000]} [...] {message[-1000:]}"
+            print(f"dcbench: {brief}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, UserError) else 1) from None
     finally:
         for number, handler in before.items():

@@ -17,9 +17,14 @@ doctor = typer.Typer(invoke_without_command=True, help="Show what is installed, 
 def data_make(
     dataset: Annotated[str, typer.Argument(help="A procedural dataset: shapes.")],
     layout: Annotated[str, typer.Option("--layout", help="ucf101 or msrvtt.")],
-    videos: Annotated[int, typer.Option("--videos", help="Number of videos; half of them are for the test split.")],
+    videos: Annotated[
+        int,
+        typer.Option("--videos", min=1, max=1_000_000, help="Number of videos; half of them are for the test split."),
+    ],
     out: Annotated[Path | None, typer.Option("--out", help="Default: data/<layout>.")] = None,
-    size: Annotated[int | None, typer.Option("--size", help="Frame size of the shapes, in pixels.")] = None,
+    size: Annotated[
+        int | None, typer.Option("--size", min=16, max=2048, help="Frame size of the shapes, in pixels.")
+    ] = None,
 ) -> None:
     """Write a procedural dataset as video files in the official layout of another dataset."""
     from dcbench.catalogue import find_dataset

@@ -11,7 +11,7 @@ from dcbench.catalogue import DatasetCard, ModelCard, find_dataset, known_card
 from dcbench.datasets.base import Item, find_root, load_dataset
 from dcbench.errors import UserError, near_match
 from dcbench.facts import validate
-from dcbench.files import canonical, digest, read_jsonl, write_json, write_text
+from dcbench.files import canonical, digest, not_a_whole_disk, read_jsonl, write_json, write_text
 from dcbench.progress import track
 from dcbench.protocol import Protocol, add_apart, fingerprint, plan_clips
 from dcbench.ranks import join_ranks, on_first_rank, together
@@ -43,6 +43,8 @@ def plan(
     if limit is not None and limit < 1:
         raise UserError(f"--limit {limit}: it must be at least 1")
     resolved = protocol.resolved(dataset.name)
+    if data is not None and dataset.needs_files:
+        not_a_whole_disk(data.expanduser())
     items = together(lambda: load_items(dataset, find_root(dataset, data), resolved))
     request = request_of(model, dataset, protocol, data, seed, limit, manifest)
     key = digest(request, 8)
@@ -110,6 +112,7 @@ def with_partners(cases: Sequence[Case], own: Sequence[Case]) -> list[Case]:
 def folder_items(folder: Path, protocol: Protocol, groups: Path | None = None) -> dict[str, Item]:
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; expected a folder of videos ({', '.join(video.SUFFIXES)})")
+    not_a_whole_disk(folder)
     card = find_dataset("folder")
     options = card.options | ({"groups": str(groups)} if groups else {})
     return load_items(card.model_copy(update={"options": options}), folder, protocol)
