@@ -4,8 +4,16 @@ import difflib
 from collections.abc import Iterable
 
 
+def as_text(text: str) -> str:
+    """Text that UTF-8 can hold: a byte of a file name that is not UTF-8 becomes an escape such as \\udce9."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 class UserError(ValueError):
     """An error that the user can fix. The message says how."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(as_text(message))
 
 
 def near_match(given: str, allowed: Iterable[str]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from dcbench import machine, record, video, weights
 from dcbench.catalogue import DatasetCard, ModelCard, find_dataset, slug
 from dcbench.datasets.base import Item, find_root, load_dataset
-from dcbench.errors import UserError, near_match
+from dcbench.errors import UserError, as_text, near_match
 from dcbench.facts import validate
 from dcbench.files import canonical, digest, read_jsonl, write_json, write_text
 from dcbench.progress import track
@@ -120,7 +120,7 @@ def plan_folders(
             f'protocol {protocol.name}: reference_videos = "disjoint" chooses reference videos, but here --reference '
             'names them. Use a protocol with "paired", and put the videos that you want to compare with in that folder'
         )
-    name, title = generated.resolve().name, reference.resolve().name
+    name, title = as_text(generated.resolve().name), as_text(reference.resolve().name)
 
     def make() -> tuple[Run, list[Case]]:
         planned, sides = {}, {"reference": reference, "generated": generated}
@@ -260,7 +260,10 @@ def _probe(wanted: int, what: str, quiet: bool) -> Callable[[Sequence[Item]], It
 
     def infos(order: Sequence[Item]) -> Iterator[Any]:
         found = video.in_order(lambda item: item.video.info(), order, workers=min(8, os.cpu_count() or 1))
-        yield from track(found, wanted, what, quiet=quiet)
+        for info in track(found, wanted, what, quiet=quiet):
+            if isinstance(info, video.PassingError):  # the plan would be without this video for ever
+                raise UserError(f"{info}. This may pass, so nothing was planned: give the same command again")
+            yield info
 
     return infos
 

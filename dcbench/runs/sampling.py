@@ -13,13 +13,17 @@ from dcbench.clips import pixels_sha256
 from dcbench.errors import UserError
 from dcbench.models.base import ChecksFirst, ImageToVideo, PreparesFirst, Request, check_generated
 from dcbench.progress import track
-from dcbench.ranks import barrier, join_ranks, on_first_rank, rank, world_size
+from dcbench.ranks import gather, join_ranks, on_first_rank, rank, world_size
 from dcbench.record import Case
 from dcbench.runs.run import Options, Run
 
 
 def sample(run: Run, options: Options) -> None:
-    """Make every missing clip; each rank makes its share. UserError if the disk is too full or a clip is wrong."""
+    """Make every missing clip; each rank makes its share.
+
+    UserError if the disk is too full, a clip is wrong, or, in the end, if a video could not be read for a reason that
+    may pass.
+    """
     if run.model is None:
         return
     join_ranks()
@@ -27,6 +31,7 @@ def sample(run: Run, options: Options) -> None:
         on_first_rank(run.directory.mend)
         finished = run.directory.finished_samples()
         missing = [case for case in run.cases if case.id not in finished]
+        lost: list[str] = []
         if missing:
             _check_room(run, missing)
             runtime = options.runtime()
@@ -44,10 +49,19 @@ def sample(run: Run, options: Options) -> None:
                 "hardware": machine.hardware(runtime.device),
             }
             facts |= getattr(model, "facts", {})  # from the model itself: its precision, its weights
-            made = _sample_batches(run, model, batches, facts, spent)
+            made = _sample_batches(run, model, batches, facts, spent, lost)
             for _ in track(made, len(mine) + done, "generating", done, options.quiet or rank() > 0):
                 pass
-        barrier()
+        raise_lost([reason for part in gather(lost) for reason in part], "generated")
+
+
+def raise_lost(reasons: Sequence[str], what: str) -> None:
+    """UserError if there are clips that the same command may still get."""
+    if reasons:
+        raise UserError(
+            f"{len(reasons)} clips were not {what}, for a reason that may pass: {reasons[0]}. Give the same command "
+            "again; what is finished is kept. If this stays so, remove or replace the file"
+        )
 
 
 def _prepare(run: Run, model: ImageToVideo, cases: Sequence[Case]) -> dict[str, float]:
@@ -80,8 +94,12 @@ def _sample_batches(
     batches: Sequence[Sequence[Case]],
     facts: dict[str, Any],
     spent: dict[str, float],
+    lost: list[str],
 ) -> Iterator[str]:
-    """Make and store the clips of each batch. Yields the id of each case, also if its video could not be read."""
+    """Make and store the clips of each batch. Yields the id of each case, also if its video could not be read.
+
+    `lost` collects why videos could not be read, where the reason may pass.
+    """
 
     def read(batch: Sequence[Case]) -> list[Request | UserError]:
         requests: list[Request | UserError] = []
@@ -98,6 +116,8 @@ def _sample_batches(
         for case, request in zip(batch, got, strict=True):
             if isinstance(request, UserError):
                 print(f"cannot read {case.video} for clip {case.id}: {request}", file=sys.stderr, flush=True)
+                if isinstance(request, video.PassingError):
+                    lost.append(f"clip {case.id}, {request}")
         requests = [request for request in got if isinstance(request, Request)]
         start = time.perf_counter()
         made = model.generate(requests) if requests else []

@@ -30,6 +30,7 @@ from dcbench.protocol import Protocol
 from dcbench.ranks import gather, join_ranks, on_first_rank, rank, world_size
 from dcbench.record import Case, Cost, Failure, Record, Score
 from dcbench.runs.run import Options, Run
+from dcbench.runs.sampling import raise_lost
 
 PREFETCH = 3  # cases decoded ahead
 
@@ -135,6 +136,7 @@ class Seen:
     pixels: dict[str, list[str]] = field(default_factory=dict)
     decoders: dict[str, str] = field(default_factory=dict)  # case id -> the decoder of the reference
     failures: list[Failure] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)  # clips that could not be read for a reason that may pass, and why
 
     def merge(self, other: "Seen") -> None:
         for name in ("generated", "reference", "lacking"):
@@ -144,6 +146,7 @@ class Seen:
         self.pixels.update(other.pixels)
         self.decoders.update(other.decoders)
         self.failures.extend(other.failures)
+        self.lost.extend(other.lost)
 
     def of(self, metric: Metric, cases: Sequence[Case]) -> Observations:
         """A metric's observations in the order of the cases. Cases without an observation are left out."""
@@ -197,7 +200,8 @@ def observe(run: Run, metrics: Sequence[Metric], cache: FeatureCache | None, cas
 
     for case, got in zip(cases, video.in_order(prepare, cases, cores, cores + PREFETCH), strict=True):
         if isinstance(got, UserError):
-            yield Seen(failures=[Failure(id=case.id, reason=str(got))])
+            lost = [f"clip {case.id}, {got}"] if isinstance(got, video.PassingError) else []
+            yield Seen(failures=[Failure(id=case.id, reason=str(got))], lost=lost)
             continue
         try:
             if got.error:
@@ -365,7 +369,10 @@ def score(run: Run, options: Options, metrics: Sequence[str] | None = None, stri
 def observe_all(
     run: Run, metrics: Sequence[Metric], options: Options, cache: FeatureCache | None, what: str = "scoring"
 ) -> Seen:
-    """Observe all cases of a run. Each rank does its share, and gets the results of all ranks."""
+    """Observe all cases of a run. Each rank does its share, and gets the results of all ranks.
+
+    UserError if a clip could not be read for a reason that may pass: a score without it would be of other clips.
+    """
     mine = run.cases[rank() :: world_size()]
     seen = Seen()
     for part in track(observe(run, metrics, cache, mine), len(mine), what, quiet=options.quiet or rank() > 0):
@@ -373,6 +380,7 @@ def observe_all(
     whole = Seen()
     for part in gather(seen):
         whole.merge(part)
+    raise_lost(whole.lost, "scored")
     return whole
 
 

@@ -11,6 +11,7 @@ from dcbench.catalogue import ModelCard
 from dcbench.clips import choose_in_time
 from dcbench.errors import UserError, near_match
 from dcbench.models.base import Request, Runtime
+from dcbench.video_files import find_videos
 
 
 class Videos:
@@ -20,10 +21,10 @@ class Videos:
 
     def __init__(self, card: ModelCard, folder: Path, pattern: str, temporal: str):
         self.card, self.folder, self.pattern, self.temporal = card, folder, pattern, temporal
-        found = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in video.SUFFIXES and path.is_file()]
         self.by_stem: dict[str, list[Path]] = {}
-        for path in found:
-            self.by_stem.setdefault(path.stem, []).append(path)
+        for path in map(folder.joinpath, find_videos(folder)):
+            if path.is_file():  # no broken link
+                self.by_stem.setdefault(path.stem, []).append(path)
 
     def find(self, clip_id: str) -> Path | None:
         if self.pattern:
