@@ -46,8 +46,8 @@ def _grey(picture: Image.Image, kind: str | None) -> Image.Image:
     else:
         if picture.mode == "I" and kind != "PPM" and not (low >= 0 and 255 < high <= 65535):
             raise UserError(
-                f"32-bit integers from {low:g} to {high:g}, of which white is not known. Save the picture with 8 or 16 "
-                "bits, or as floats from 0 to 1"
+                f"32-bit integers from {low:.0f} to {high:.0f}, of which white is not known. Save the picture with "
+                "8 or 16 bits, or as floats from 0 to 1"
             )
         levels = values / 257
     levels = levels.astype(np.uint8)

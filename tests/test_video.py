@@ -34,28 +34,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
-@pytest.fixture
-def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Replace functions of the decoding process by others, and give each request one second."""
-
-    def start(patch: str) -> None:
-        script = tmp_path / "patched_worker.py"
-        script.write_text(
-            "import ctypes, importlib.util, os, sys\n"
-            f"spec = importlib.util.spec_from_file_location('worker', {str(video_processes.WORKER)!r})\n"
-            "worker = importlib.util.module_from_spec(spec)\n"
-            "spec.loader.exec_module(worker)\n"
-            f"{patch}\n"
-            "worker.main()\n"
-        )
-        video_processes.pool.close()
-        monkeypatch.setattr(video_processes, "WORKER", script)
-        monkeypatch.setattr(video_processes, "SECONDS", 1.0)
-
-    yield start
-    video_processes.pool.close()
-
-
 HANG = "ctypes.PyDLL(None).sleep(600)"  # PyDLL keeps the interpreter lock, as decord's hang does
 
 
