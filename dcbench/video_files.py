@@ -1,7 +1,10 @@
 """Finds the video files of a folder, and names what lies there that is no video which dcbench reads. Without torch."""
 
+import hashlib
 import os
+import re
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -15,6 +18,7 @@ SUFFIXES = (
 # what people keep clips in beside these: raw streams have no frame rate, arrays no colour order
 UNREAD = (".264", ".h264", ".265", ".h265", ".hevc", ".m2v", ".yuv", ".y4m", ".rm", ".rmvb", ".avif", ".npy", ".npz")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".exr")
+UNSAFE = re.compile(r'[\x00-\x1f\\:*?"<>|\ud800-\udfff]')  # the last: bytes that are not UTF-8
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,22 @@ def list_videos(root: Path) -> Listing:
     folders = {folder: count for folder, count in pictures.items() if folder not in with_videos and count > 1}
     left_out += [f"{folder or '.'}/ (a folder of {count} pictures)" for folder, count in folders.items()]
     return Listing(tuple(videos), tuple(sorted(left_out)))
+
+
+def make_ids(paths: list[str]) -> dict[str, str]:
+    """A unique id for each relative path, safe as a file name: the path without its suffix, "/" replaced by "__".
+
+    An unsafe, too long or repeated name gets a hash of its path, so that no id depends on the order.
+    """
+    plain = {path: path.rsplit(".", 1)[0].replace("/", "__") for path in paths}
+    shared = Counter(name.lower() for name in plain.values())  # some file systems ignore case
+    ids = {}
+    for path, name in plain.items():
+        safe = UNSAFE.sub("_", name).lstrip(".")[:120]
+        if safe != name or shared[name.lower()] > 1:
+            safe = f"{safe}-{hashlib.blake2b(path.encode('utf-8', 'surrogateescape'), digest_size=4).hexdigest()}"
+        ids[path] = safe
+    return ids
 
 
 def find_videos(root: Path) -> list[str]:

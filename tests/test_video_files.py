@@ -70,3 +70,5 @@ def test_names_that_are_not_utf_8_have_ids_and_paths_that_are(tmp_path):
     assert {item.path for item in items} == {"caf\\udce9.mp4", "caf\\udce8.mp4"}
     assert all(item.video.path.exists() for item in items)  # type: ignore[attr-defined]
     "".join(item.id + item.path for item in items).encode()
+    model = as_model(tmp_path)
+    assert [model.find(item.id) for item in items] == [item.video.path for item in items]  # type: ignore[attr-defined]

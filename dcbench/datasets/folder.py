@@ -1,9 +1,6 @@
 """A folder of videos, with its subfolders. Captions and groups come from optional CSV, TSV or JSONL files."""
 
-import hashlib
 import json
-import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,28 +10,11 @@ from dcbench.datasets.base import Item
 from dcbench.datasets.text import csv_rows, read_lines
 from dcbench.errors import UserError, as_text, near_match
 from dcbench.video import VideoFile
-from dcbench.video_files import SUFFIXES, find_videos, list_videos
+from dcbench.video_files import SUFFIXES, find_videos, list_videos, make_ids
 
 SPLITS = ("all", "train", "val", "test")
 CAPTION_FILES = ("captions.csv", "captions.jsonl")
 GROUP_FILES = ("groups.csv", "groups.jsonl")
-UNSAFE = re.compile(r'[\x00-\x1f\\:*?"<>|\ud800-\udfff]')  # the last: bytes that are not UTF-8
-
-
-def make_ids(paths: list[str]) -> dict[str, str]:
-    """A unique id for each relative path, safe as a file name: the path without its suffix, "/" replaced by "__".
-
-    An unsafe, too long or repeated name gets a hash of its path, so that no id depends on the order.
-    """
-    plain = {path: path.rsplit(".", 1)[0].replace("/", "__") for path in paths}
-    shared = Counter(name.lower() for name in plain.values())  # some file systems ignore case
-    ids = {}
-    for path, name in plain.items():
-        safe = UNSAFE.sub("_", name).lstrip(".")[:120]
-        if safe != name or shared[name.lower()] > 1:
-            safe = f"{safe}-{hashlib.blake2b(path.encode('utf-8', 'surrogateescape'), digest_size=4).hexdigest()}"
-        ids[path] = safe
-    return ids
 
 
 class Folder:
