@@ -10,6 +10,8 @@ from numbered_clips import numbered, numbers
 
 from dcbench import video, video_processes
 from dcbench.catalogue import find_dataset, find_model
+from dcbench.datasets.folder import Folder
+from dcbench.datasets.verify import verify
 from dcbench.errors import UserError
 from dcbench.protocol import Protocol, find_protocol
 from dcbench.runs import planning, sampling, scoring
@@ -175,6 +177,14 @@ def test_sampling_makes_the_other_clips_and_says_what_is_lost(folders, worker, t
     sampling.sample(job, QUIET)
     result = scoring.score(job, QUIET, [cheap_metric])
     assert (result.n_planned, result.n_scored) == (3, 3)
+
+
+def test_verify_does_not_call_a_file_broken_whose_decoder_was_killed(folders, worker):
+    worker(f"worker.examine = lambda *given: {KILLED}")
+    found = verify(Folder(folders[0]), "all", folders[0], quiet=True)
+    assert not found.ok and not found.broken and not found.unusable
+    assert [entry.split(": ")[0] for entry in found.unchecked] == ["a.mp4", "b.mp4", "c.mp4"]
+    assert "not checked, for a reason that may pass; try again: 3" in found.text()
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="Linux has /proc")

@@ -8,7 +8,7 @@ from pathlib import Path
 from dcbench.datasets.base import Dataset, Item
 from dcbench.errors import UserError, as_text
 from dcbench.progress import track
-from dcbench.video import FileFacts, VideoFile, examine, in_order
+from dcbench.video import FileFacts, PassingError, VideoFile, examine, in_order
 from dcbench.video_files import list_videos
 
 SHOWN = 20  # entries of each kind in the text; the lists are complete
@@ -27,6 +27,7 @@ class Verification:
     broken: list[str] = field(default_factory=list)  # "path: reason"; no frame can be read
     damaged: list[str] = field(default_factory=list)  # "path: reason"; the frames before the damage can be read
     short: list[str] = field(default_factory=list)  # "path: n frames"; fewer than min_frames
+    unchecked: list[str] = field(default_factory=list)  # "path: reason"; the reason may pass (a killed decoder, a disk)
     duplicates: list[list[str]] = field(default_factory=list)  # groups of videos with the same pixels
     unused: list[str] = field(default_factory=list)  # video files in the root that no split names
     left_out: list[str] = field(default_factory=list)  # in the root, but not read as videos
@@ -34,7 +35,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        return not (self.missing or self.broken or self.damaged or self.short or self.duplicates)
+        return not (self.missing or self.broken or self.damaged or self.short or self.unchecked or self.duplicates)
 
     def text(self) -> str:
         """Text for the screen: one line per kind, then its videos."""
@@ -45,6 +46,7 @@ class Verification:
             "broken": self.broken,
             "damaged": self.damaged,
             f"shorter than {self.min_frames} frames": self.short,
+            "not checked, for a reason that may pass; try again": self.unchecked,
             "duplicated (same pixels)": [" = ".join(group) for group in self.duplicates],
             "in the folder, but in no split": self.unused,
             "in the folder, but not read as videos": self.left_out,
@@ -69,6 +71,9 @@ def verify(
     for item, facts in track(zip(items, found, strict=True), len(items), f"verifying {split}", quiet=quiet):
         result.checked += 1
         path = item.video.path if isinstance(item.video, VideoFile) else None
+        if isinstance(facts, PassingError):
+            result.unchecked.append(f"{item.path}: {str(facts).removeprefix(as_text(f'{path}: '))}")
+            continue
         if isinstance(facts, UserError):
             result.unusable.append(item.path)
             if path is not None and not path.exists():
