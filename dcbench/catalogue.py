@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
-from dcbench.errors import UserError, near_match
+from dcbench.errors import UserError, as_text, near_match
 from dcbench.facts import Facts, read_facts, validate
 from dcbench.files import sha256_file
 
@@ -178,7 +178,9 @@ def find_model(name: str) -> ModelCard:
         folder = Path(name).expanduser()
         card: ModelCard = _find("models", "videos")
         options = card.options | {"folder": str(folder.resolve())}
-        return card.model_copy(update={"name": slug(folder.resolve().name), "title": folder.name, "options": options})
+        return card.model_copy(
+            update={"name": slug(folder.resolve().name), "title": as_text(folder.name), "options": options}
+        )
     return _find("models", name)
 
 

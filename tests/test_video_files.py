@@ -72,3 +72,10 @@ def test_names_that_are_not_utf_8_have_ids_and_paths_that_are(tmp_path):
     "".join(item.id + item.path for item in items).encode()
     model = as_model(tmp_path)
     assert [model.find(item.id) for item in items] == [item.video.path for item in items]  # type: ignore[attr-defined]
+
+
+def test_a_model_folder_whose_name_is_not_utf_8_has_a_title_that_is(tmp_path):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    folder.mkdir()
+    card = find_model(str(folder))
+    assert card.title == "caf\\udce9" and Path(card.options["folder"]).is_dir()
