@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from dcbench.clips import resize
-from dcbench.datasets.folder import find_videos
 from dcbench.datasets.shapes import Shapes
 from dcbench.metrics.distances import score_frechet, score_frechet_infinity, score_kernel
 from dcbench.metrics.extractors import i3d_extractor
 from dcbench.reports.figures import Curve, curves
 from dcbench.video import VideoFile, read
+from dcbench.video_files import find_videos
 
 FRAMES = 16
 COPIED = (0.25, 0.5, 0.75, 1.0)

@@ -3,16 +3,13 @@
 Any image-to-video model does the first; a model that conditions on an end image does the others.
 """
 
-import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from dcbench import video
@@ -20,6 +17,7 @@ from dcbench.catalogue import ModelCard, cards, load_entry_point
 from dcbench.errors import UserError, first_line, near_match
 from dcbench.files import read_bytes
 from dcbench.models.base import ImageToVideo, ReportsSteps, Request, Runtime, TakesMotion, check_generated
+from dcbench.pictures import read_image
 from dcbench.progress import track
 from dcbench.seeding import clip_seed
 
@@ -35,25 +33,6 @@ class Scene:
     prompt: str
     end_image: Tensor | None = None
     seed: int | None = None
-
-
-def read_image(path: Path) -> Tensor:
-    """A picture file -> uint8 [3, h, w]; turned as its camera says, transparency over white."""
-    data = io.BytesIO(read_bytes(path))
-    try:
-        with Image.open(data) as file:
-            picture = ImageOps.exif_transpose(file)
-            if picture.has_transparency_data:
-                picture = picture.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-            if picture.mode.startswith("I"):  # 16 bits: Pillow would cut them off at 255
-                picture = Image.fromarray((np.asarray(picture) / 257).astype(np.uint8))
-            array = np.array(picture.convert("RGB"))
-    except FileNotFoundError as error:
-        raise UserError(f"no such picture: {path}") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} is no picture that can be read: {error}") from error
-    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
 
 
 def read_story(path: Path) -> tuple[list[Scene], float | None]:

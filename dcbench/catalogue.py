@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
-from dcbench.errors import UserError, first_line, near_match
+from dcbench.errors import UserError, as_text, first_line, near_match
 from dcbench.facts import Facts, read_facts, validate
 from dcbench.files import cache_dir, digest, not_a_whole_disk, optional_cache, read_json, sha256_file, write_json
 
@@ -184,7 +184,9 @@ def find_model(name: str) -> ModelCard:
         folder = not_a_whole_disk(Path(name).expanduser())
         card: ModelCard = _find("models", "videos")
         options = card.options | {"folder": str(folder.resolve())}
-        return card.model_copy(update={"name": slug(folder.resolve().name), "title": folder.name, "options": options})
+        return card.model_copy(
+            update={"name": slug(folder.resolve().name), "title": as_text(folder.name), "options": options}
+        )
     return _find("models", name)
 
 

@@ -65,9 +65,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file atomically: readers see the old text or the new one, never a part."""
+    """Write a file atomically: readers see the old text or the new one, never a part.
+
+    A file name that is not UTF-8 is written with escapes (\\udce9), which JSON reads back as the same name.
+    """
     with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -142,7 +145,7 @@ def canonical(value: Any) -> str:
 
 def digest(value: Any, length: int = 16) -> str:
     """The first `length` hex digits of the sha256 of a JSON value."""
-    return hashlib.sha256(canonical(value).encode()).hexdigest()[:length]
+    return hashlib.sha256(canonical(value).encode(errors="backslashreplace")).hexdigest()[:length]
 
 
 def sha256_file(path: Path) -> str:

@@ -1,24 +1,18 @@
-"""Video files: exact frames in, by decoders that can be killed; lossless clips and previews out.
+"""Video files: exact frames in, by decoders that can be killed (`video_processes.py`); clips and previews out.
 
-Reading happens in worker processes (`video_worker.py`): decord 0.6 can hang for ever holding the interpreter lock, and
-a damaged file can crash a decoder. "auto" reads a file by decord where decord agrees with a full decode about the
+"auto" reads a file by decord where decord agrees with a full decode about the
 number of frames and about the frames around every key frame, and by PyAV elsewhere: decord repeats the last frame of
 some DivX files, and gives wrong frames where it seeks in MPEG-4 with B-frames or H.264 with open GOPs. Both give the
 same pixels, but for a rounding of one or two levels in few of them.
 A file of variable frame rate is read frame by frame: `fps` is its average rate, and indices count frames, not time.
 """
 
-import atexit
 import contextlib
 import errno
 import importlib.metadata
 import importlib.util
 import itertools
 import json
-import os
-import signal
-import subprocess
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,19 +28,12 @@ import torch
 from torch import Tensor
 
 from dcbench.clips import check_clip
-from dcbench.errors import UserError
+from dcbench.errors import UserError, as_text
 from dcbench.files import atomic_write, cache_dir
+from dcbench.video_files import SUFFIXES as SUFFIXES
+from dcbench.video_processes import PassingError, VideoError, WorkerDied, ask, file_error
 
 Decoder = Literal["auto", "decord", "pyav"]
-SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".gif")
-WORKER = Path(__file__).with_name("video_worker.py")
-SECONDS = 30.0  # a request may take this long, and SECONDS_PER_MB more for each megabyte of the file
-SECONDS_PER_MB = 2.0
-START_SECONDS = 120.0
-
-
-class VideoError(UserError):
-    """A video that cannot be read, is too short, or hangs its decoder."""
 
 
 @dataclass(frozen=True)
@@ -92,141 +79,6 @@ class FileFacts(NamedTuple):
         return "decord" if self.decord_exact and self.codec != "ffv1" else "pyav"
 
 
-# --- worker processes -------------------------------------------------------------------------------------------------
-
-
-class _WorkerDied(Exception):
-    """The decoding process crashed, or was killed after its time ran out."""
-
-
-class _Worker:
-    """One decoding process."""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", str(WORKER)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-        try:  # apart from the first request's time: a busy machine may need many seconds for imports
-            reason = self.ask({"op": "start"}, START_SECONDS)[0].get("error")
-        except _WorkerDied as died:
-            reason = str(died)
-        if reason:
-            self.close()
-            raise UserError(
-                f"the decoding process does not start ({reason}). Does `{sys.executable} -c 'import av'` work?"
-            )
-
-    def ask(self, request: dict[str, Any], seconds: float) -> tuple[dict[str, Any], Tensor]:
-        """The answer's header and its bytes; after _WorkerDied the process is gone."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        late = threading.Event()
-
-        def kill() -> None:
-            late.set()
-            self.process.kill()
-
-        watchdog = threading.Timer(seconds, kill)
-        watchdog.daemon = True
-        watchdog.start()
-        try:
-            self.process.stdin.write(json.dumps({**request, "timeout": seconds}).encode() + b"\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
-            if not line.endswith(b"\n"):
-                raise EOFError
-            header = json.loads(line)
-            payload = torch.empty(header["bytes"], dtype=torch.uint8)
-            view, filled = payload.numpy().data, 0
-            while filled < len(view):
-                got = self.process.stdout.readinto(view[filled:])  # type: ignore[attr-defined]
-                if not got:
-                    raise EOFError
-                filled += got
-            return header, payload
-        except (EOFError, BrokenPipeError) as error:
-            self.close()
-            reason = f"no answer within {seconds:.0f} s" if late.is_set() else _exit_reason(self.process.returncode)
-            raise _WorkerDied(reason) from error
-        except BaseException:  # Ctrl-C: the rest of the answer would stay in the pipe
-            self.close()
-            raise
-        finally:
-            watchdog.cancel()
-
-    def close(self) -> None:
-        self.process.kill()  # nothing is lost: the process keeps no state between requests
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
-        self.process.wait()
-
-
-def _exit_reason(code: int) -> str:
-    if code < 0:
-        return f"the decoder crashed ({signal.Signals(-code).name})"
-    return f"the decoding process ended with exit code {code}"
-
-
-class _Pool:
-    """Idle workers, kept for the next request; as many exist as threads ask at once."""
-
-    def __init__(self) -> None:
-        self.idle: list[_Worker] = []
-        self.lock = threading.Lock()
-
-    def ask(self, request: dict[str, Any], seconds: float) -> tuple[dict[str, Any], Tensor]:
-        with self.lock:
-            worker = self.idle.pop() if self.idle else None
-        if worker is not None and worker.process.poll() is not None:
-            worker.close()
-            worker = None
-        worker = worker or _Worker()
-        answer = worker.ask(request, seconds)
-        with self.lock:
-            self.idle.append(worker)
-        return answer
-
-    def close(self) -> None:
-        with self.lock:
-            workers, self.idle = self.idle, []
-        for worker in workers:
-            worker.close()
-
-
-_pool = _Pool()
-_of_the_parent: list[_Pool] = []
-atexit.register(lambda: _pool.close())
-
-
-def _after_fork() -> None:
-    """A forked process (a data loader's) must not talk through its parent's pipes, nor end its parent's workers."""
-    global _pool
-    _of_the_parent.append(_pool)
-    _pool = _Pool()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-
-
-def _ask(path: Path, request: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
-    try:
-        megabytes = path.stat().st_size / 1e6
-    except OSError as error:
-        raise VideoError(f"{path}: {error.strerror or error}") from error
-    if megabytes == 0:
-        raise VideoError(f"{path}: the file is empty")
-    request = {**request, "path": str(path.absolute())}
-    header, payload = _pool.ask(request, SECONDS + SECONDS_PER_MB * megabytes)
-    if "error" in header:
-        raise VideoError(f"{path}: {header['error']}")
-    return header, payload
-
-
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
@@ -247,7 +99,7 @@ class _FactsStore:
         if file not in self.known:
             self.known[file] = {}
             with contextlib.suppress(FileNotFoundError):
-                for line in file.read_text(encoding="utf-8").splitlines():
+                for line in file.read_text(encoding="utf-8").split("\n"):
                     with contextlib.suppress(ValueError, TypeError):  # cut off by a crash, or of another version
                         key, *values = json.loads(line)
                         self.known[file][key] = FileFacts(*values)
@@ -257,10 +109,13 @@ class _FactsStore:
         with self.lock:
             return self._table()[1].get(key)
 
-    def put(self, key: str, facts: FileFacts) -> None:
+    def put(self, key: str, facts: FileFacts, lasting: bool) -> None:
+        """Facts that are not `lasting` are kept by this process alone."""
         with self.lock:
             file, table = self._table()
             table[key] = facts
+            if not lasting:
+                return
             with contextlib.suppress(OSError), file.open("a", encoding="utf-8") as lines:  # on a full disk: not kept
                 lines.write(json.dumps([key, *facts]) + "\n")
 
@@ -271,7 +126,7 @@ _facts = _FactsStore()
 @lru_cache(1)
 def _versions() -> str:
     names = ["av", "decord"] if has_decord() else ["av"]
-    return " ".join(["3", *map(importlib.metadata.version, names)])  # 3: raise it when FileFacts change
+    return " ".join(["4", *map(importlib.metadata.version, names)])  # 4: raise it when FileFacts change
 
 
 def examine(path: Path, with_hash: bool = False) -> FileFacts:
@@ -282,24 +137,26 @@ def examine(path: Path, with_hash: bool = False) -> FileFacts:
     try:
         status = path.stat()
     except OSError as error:
-        raise VideoError(f"{path}: {error.strerror or error}") from error
+        raise file_error(path, error.strerror or str(error), error.errno) from error
     key = f"{path.absolute()} {status.st_size} {status.st_mtime_ns} {_versions()}"
     known = None if with_hash else _facts.get(key)
     if known is not None:
         return known
     request = {"op": "examine", "with_hash": with_hash, "with_decord": has_decord()}
+    lasting = True
     try:
-        header, _ = _ask(path, request)
-    except _WorkerDied as died:
+        header, _ = ask(path, request)
+    except WorkerDied as died:
         if not request["with_decord"]:
-            raise VideoError(f"{path}: {died}") from died
+            raise died.error(path) from died
+        lasting = not died.passing  # decord may do better next time
         try:  # decord may be the one that hangs
-            header, _ = _ask(path, {**request, "with_decord": False})
-        except _WorkerDied as again:
-            raise VideoError(f"{path}: {again}") from again
+            header, _ = ask(path, {**request, "with_decord": False})
+        except WorkerDied as again:
+            raise again.error(path) from again
     header.pop("bytes")
     facts = FileFacts(**header)
-    _facts.put(key, facts)
+    _facts.put(key, facts, lasting)
     return facts
 
 
@@ -326,20 +183,23 @@ def read_frames(path: Path, indices: Sequence[int], decoder: Decoder = "auto") -
         raise VideoError(f"{path}: no frames were asked for")
     wrong = [index for index in indices if not 0 <= index < info.num_frames]
     if wrong:
-        raise VideoError(f"{path}: frame {wrong[0]} was asked for, but only frames 0-{info.num_frames - 1} decode")
+        why = "".join(f" ({reason})" for reason in examine(path).damage[:1])
+        raise VideoError(f"{path}: frame {wrong[0]} was asked for, but only frames 0-{info.num_frames - 1} decode{why}")
     attempts = ["decord", "pyav"] if decoder == "auto" and info.decoder == "decord" else [info.decoder]
     reasons: list[str] = []
+    passing = False
     for name in attempts:
         request = {"op": "read", "decoder": name, "indices": [int(index) for index in indices]}
         try:
-            header, payload = _ask(path, request)
+            header, payload = ask(path, request)
             shape = header["shape"]
             if shape[1:] != [info.height, info.width, 3]:
                 raise VideoError(f"{path}: got frames {shape[2]}x{shape[1]}, expected {info.width}x{info.height}")
             return payload.view(shape).permute(0, 3, 1, 2).contiguous(), name
-        except (_WorkerDied, VideoError) as error:
-            reasons.append(f"{name}: {str(error).removeprefix(f'{path}: ')}")
-    raise VideoError(f"{path}: cannot be read ({'; '.join(reasons)})")
+        except (WorkerDied, VideoError) as error:
+            passing = isinstance(error, PassingError) or (isinstance(error, WorkerDied) and error.passing)
+            reasons.append(f"{name}: {str(error).removeprefix(as_text(f'{path}: '))}")
+    raise (PassingError if passing else VideoError)(f"{path}: cannot be read ({'; '.join(reasons)})")
 
 
 @dataclass(frozen=True)
@@ -408,9 +268,9 @@ def in_order(
 def read_clip(path: Path) -> tuple[Tensor, float]:
     """All frames of a clip file, uint8 [t, 3, h, w], and its fps, in one pass of PyAV; a damaged file is an error."""
     try:
-        header, payload = _ask(path, {"op": "clip"})
-    except _WorkerDied as died:
-        raise VideoError(f"{path}: {died}") from died
+        header, payload = ask(path, {"op": "clip"})
+    except WorkerDied as died:
+        raise died.error(path) from died
     return payload.view(header["shape"]).permute(0, 3, 1, 2).contiguous(), header["fps"]
 
 

@@ -3,6 +3,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads starve a busy two-core machine
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,29 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Replace functions of the decoding process by others, and let it be silent for one second only."""
+    from dcbench import video_processes
+
+    original = video_processes.WORKER
+    script = tmp_path / "patched_worker.py"
+
+    def start(patch: str) -> None:
+        script.write_text(
+            "import ctypes, importlib.util, os, sys, time\n"
+            f"spec = importlib.util.spec_from_file_location('worker', {str(original)!r})\n"
+            "worker = importlib.util.module_from_spec(spec)\n"
+            "spec.loader.exec_module(worker)\n"
+            "worker.pipe.every = 0.1\n"
+            f"{patch}\n"
+            "worker.main()\n"
+        )
+        video_processes.pool.close()
+        monkeypatch.setattr(video_processes, "WORKER", script)
+        monkeypatch.setattr(video_processes, "SECONDS", 1.0)
+
+    yield start
+    video_processes.pool.close()

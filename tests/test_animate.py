@@ -94,7 +94,7 @@ def test_a_story_joins_its_scenes(card: ModelCard, picture: Path, tmp_path: Path
         ("- a", "expected 'scenes:'"),
         ("scenes:\n- promt: x", 'Did you mean "prompt"'),
         ("scenes:\n- prompt: x", "the first scene needs an image"),
-        ("scenes:\n- {image: nowhere.png, prompt: x}", "no such picture"),
+        ("scenes:\n- {image: nowhere.png, prompt: x}", "nowhere.png: No such file"),
         ("scenes:\n- {image: photo.png, prompt: 5}", "put it in quotes"),
         ("scenes:\n- {image: photo.png, seed: x}", "whole number"),
         ("fps: fast\nscenes:\n- {image: photo.png}", "fps is 'fast'"),
@@ -120,7 +120,7 @@ def test_mistakes_are_told_before_the_model_is_loaded(card: ModelCard, picture: 
     nowhere = card.model_copy(update={"entry_point": "nowhere:load"})
     with pytest.raises(UserError, match=r"cannot write \.avo"):
         animate.animate(nowhere, picture, "", tmp_path / "a.avo")
-    with pytest.raises(UserError, match="no such picture"):
+    with pytest.raises(UserError, match="nowhere.png: No such file"):
         animate.animate(nowhere, tmp_path / "b.png", "", tmp_path / "a.mp4")
     with pytest.raises(UserError, match="--fps 0"):
         animate.animate(nowhere, picture, "", tmp_path / "a.mp4", fps=0)

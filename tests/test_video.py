@@ -15,7 +15,7 @@ import pytest
 import torch
 from numbered_clips import noise, numbered, numbers
 
-from dcbench import video
+from dcbench import video, video_processes
 from dcbench.errors import UserError
 from dcbench.video import VideoError, VideoFile, in_order, probe, read, read_frames
 
@@ -32,28 +32,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for path in made.values():
         video.write_preview(path, numbered(), 25)
     return made
-
-
-@pytest.fixture
-def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Replace functions of the decoding process by others, and give each request one second."""
-
-    def start(patch: str) -> None:
-        script = tmp_path / "patched_worker.py"
-        script.write_text(
-            "import ctypes, importlib.util, os, sys\n"
-            f"spec = importlib.util.spec_from_file_location('worker', {str(video.WORKER)!r})\n"
-            "worker = importlib.util.module_from_spec(spec)\n"
-            "spec.loader.exec_module(worker)\n"
-            f"{patch}\n"
-            "worker.main()\n"
-        )
-        video._pool.close()
-        monkeypatch.setattr(video, "WORKER", script)
-        monkeypatch.setattr(video, "SECONDS", 1.0)
-
-    yield start
-    video._pool.close()
 
 
 HANG = "ctypes.PyDLL(None).sleep(600)"  # PyDLL keeps the interpreter lock, as decord's hang does
@@ -287,8 +265,8 @@ def test_an_unchanged_file_is_examined_once_a_changed_one_again(files, tmp_path,
     path.write_bytes(files["mp4"].read_bytes())
     assert probe(path).num_frames == 40
     asked = []
-    real = video._ask
-    monkeypatch.setattr(video, "_ask", lambda *given: asked.append(given) or real(*given))
+    real = video.ask
+    monkeypatch.setattr(video, "ask", lambda *given: asked.append(given) or real(*given))
     assert probe(path).num_frames == 40 and not asked
     monkeypatch.setattr(video, "_facts", video._FactsStore())  # as another process finds it
     assert probe(path).num_frames == 40 and not asked
@@ -319,14 +297,14 @@ def test_both_decoders_hang_names_file_and_reason(files, worker):
     probe(files["mp4"])
     worker(f"worker.READERS.update(decord=lambda path, indices: {HANG}, pyav=lambda path, indices: {HANG})")
     with pytest.raises(
-        VideoError, match=r"numbered\.mp4: cannot be read \(decord: no answer within 1 s; pyav: no answer"
+        VideoError, match=r"numbered\.mp4: cannot be read \(decord: no frame for 1 s; pyav: no frame for 1 s"
     ):
         read_frames(files["mp4"], [3])
 
 
 def test_a_decoder_asked_for_by_name_never_falls_back(files, worker):
     worker(f"worker.READERS['decord'] = lambda path, indices: {HANG}")
-    with pytest.raises(VideoError, match="decord: no answer within 1 s"):
+    with pytest.raises(VideoError, match="decord: no frame for 1 s"):
         read_frames(files["mp4"], [3], "decord")
 
 
@@ -357,7 +335,7 @@ def test_decoder_that_prints_does_not_spoil_its_answer(files, worker):
 
 def test_worker_killed_between_requests_is_replaced(files):
     read_frames(files["mp4"], [0])
-    idle = video._pool.idle[-1].process
+    idle = video_processes.pool.idle[-1].process
     idle.kill()
     time.sleep(0.1)
     assert numbers(read_frames(files["mp4"], [6])[0]) == [6]
@@ -365,7 +343,7 @@ def test_worker_killed_between_requests_is_replaced(files):
 
 def test_worker_imports_no_torch(files):
     request = json.dumps({"op": "read", "decoder": "decord", "path": str(files["mp4"]), "indices": [0], "timeout": 9})
-    command = [sys.executable, "-X", "importtime", "-P", str(video.WORKER)]
+    command = [sys.executable, "-X", "importtime", "-P", str(video_processes.WORKER)]
     done = subprocess.run(command, input=request.encode() + b"\n", capture_output=True, timeout=60)
     names = {line.split("|")[-1].strip() for line in done.stderr.decode().splitlines() if "|" in line}
     assert "decord" in names and not any(name.split(".")[0] in ("torch", "dcbench") for name in names)
@@ -445,7 +423,7 @@ def test_forked_process_starts_its_own_workers(files):
         "import os, sys\nfrom pathlib import Path\nfrom dcbench.video import read_frames\n"
         "path = Path(sys.argv[1])\nread_frames(path, [0])\npid = os.fork()\n"
         "frames = [read_frames(path, [i])[0] for i in range(5)]\n"
-        "if pid == 0:\n    from dcbench import video\n    video._pool.close(); os._exit(0)\n"
+        "if pid == 0:\n    from dcbench import video_processes\n    video_processes.pool.close(); os._exit(0)\n"
         "print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), len(frames))"
     )
     command = [sys.executable, "-W", "always::ResourceWarning", "-c", code, str(files["mp4"])]

@@ -1,63 +1,20 @@
 """A folder of videos, with its subfolders. Captions and groups come from optional CSV, TSV or JSONL files."""
 
-import csv
-import hashlib
 import json
-import os
-import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dcbench.catalogue import DatasetCard
 from dcbench.datasets.base import Item
-from dcbench.datasets.text import open_text, read_lines
-from dcbench.errors import UserError, near_match
-from dcbench.video import SUFFIXES, VideoFile
+from dcbench.datasets.text import csv_rows, read_lines
+from dcbench.errors import UserError, as_text, near_match
+from dcbench.video import VideoFile
+from dcbench.video_files import SUFFIXES, find_videos, list_videos, make_ids
 
 SPLITS = ("all", "train", "val", "test")
 CAPTION_FILES = ("captions.csv", "captions.jsonl")
 GROUP_FILES = ("groups.csv", "groups.jsonl")
-UNSAFE = re.compile(r'[\x00-\x1f\\:*?"<>|]')
-
-
-def find_files(root: Path) -> list[str]:
-    """Relative paths of all files, "/" as separator, sorted. Hidden files and folders are left out.
-
-    Symbolic links to folders are followed. A folder that is reached twice counts once.
-    """
-    found = []
-    seen: set[tuple[int, int]] = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [(Path(folder) / name).relative_to(root).as_posix() for name in files if not name.startswith(".")]
-    return sorted(found)
-
-
-def find_videos(root: Path) -> list[str]:
-    return [path for path in find_files(root) if Path(path).suffix.lower() in SUFFIXES]
-
-
-def make_ids(paths: list[str]) -> dict[str, str]:
-    """A unique id for each relative path, safe as a file name: the path without its suffix, "/" replaced by "__".
-
-    An unsafe, too long or repeated name gets a hash of its path, so that no id depends on the order.
-    """
-    plain = {path: path.rsplit(".", 1)[0].replace("/", "__") for path in paths}
-    shared = Counter(name.lower() for name in plain.values())  # some file systems ignore case
-    ids = {}
-    for path, name in plain.items():
-        safe = UNSAFE.sub("_", name).lstrip(".")[:120]
-        if safe != name or shared[name.lower()] > 1:
-            safe = f"{safe}-{hashlib.blake2b(path.encode('utf-8', 'surrogateescape'), digest_size=4).hexdigest()}"
-        ids[path] = safe
-    return ids
 
 
 class Folder:
@@ -68,7 +25,10 @@ class Folder:
         self.root = root
         self.ids = make_ids(find_videos(root))
         if not self.ids:
-            raise UserError(f"{root} holds no video; looked for {', '.join(SUFFIXES)}, in subfolders too")
+            notice = list_videos(root).notice(root)
+            raise UserError(
+                f"{root} holds no video; looked for {', '.join(SUFFIXES)}, in subfolders too. {notice}".rstrip()
+            )
         self.captions = self._read_table(captions, "caption", CAPTION_FILES)
         self.groups = self._read_table(groups, "group", GROUP_FILES)
 
@@ -83,7 +43,7 @@ class Folder:
             Item(
                 self.ids[path],
                 VideoFile(self.root / path),
-                path,
+                as_text(path),
                 tuple(self.captions.get(path, ())),
                 split,
                 group=self.groups.get(path, [None])[0],
@@ -125,14 +85,9 @@ class Folder:
 
 
 def _csv_rows(file: Path, column: str) -> Iterator[tuple[str, list[str]]]:
-    with open_text(file) as lines:
-        rows = csv.DictReader(lines, delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
-        if not {"file", column} <= set(rows.fieldnames or ()):
-            raise UserError(
-                f"{file} has the columns {', '.join(rows.fieldnames or ()) or 'none'}; expected file, {column}"
-            )
-        for row in rows:
-            yield (row["file"] or "").strip(), [(row[column] or "").strip()]
+    separator = "\t" if file.suffix.lower() == ".tsv" else ","
+    for _, row in csv_rows(file, separator, {"file", column}.issubset, f"file, {column}"):
+        yield row["file"].strip(), [row[column].strip()]
 
 
 def _jsonl_rows(file: Path, column: str) -> Iterator[tuple[str, list[str]]]:

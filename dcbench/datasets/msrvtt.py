@@ -1,19 +1,17 @@
 """MSR-VTT: videos with 20 captions each. Reads the official JSON files, merged ones, or the 1k-A list."""
 
-import csv
-import io
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dcbench.catalogue import DatasetCard
 from dcbench.datasets.base import Item
-from dcbench.datasets.folder import find_files, find_videos
-from dcbench.datasets.text import open_text
+from dcbench.datasets.text import csv_rows, open_text
 from dcbench.errors import UserError, near_match
-from dcbench.video import SUFFIXES, VideoFile
+from dcbench.video import VideoFile
+from dcbench.video_files import SUFFIXES, find_files, find_videos
 
 # In merged files the field `split` differs from the official number ranges, so it is not used.
 RANGES = {"train": range(0, 6513), "val": range(6513, 7010), "test": range(7010, 10000), "all": range(0, 10000)}
@@ -87,21 +85,15 @@ class MSRVTT:
         if self.list_file is None:
             raise UserError(f"msrvtt: split 1k-A needs {LIST_NAMES[0]}, which is not in {self.root}")
         with open_text(self.list_file) as file:
-            text = file.read()
-        header = text.split("\n", 1)[0]
-        rows = csv.DictReader(
-            io.StringIO(text, newline=""), delimiter=";" if header.count(";") > header.count(",") else ","
-        )
-        columns = [name.strip() for name in rows.fieldnames or ()]
-        rows.fieldnames = columns
-        sentence = next((name for name in ("sentence", "sentences") if name in columns), None)
-        if sentence is None or "video_id" not in columns:
-            raise UserError(f"{self.list_file} has the columns {', '.join(columns)}; expected video_id and sentence")
+            header = file.readline()
+        separator = ";" if header.count(";") > header.count(",") else ","
+        expected = "video_id and sentence"
+        rows = csv_rows(self.list_file, separator, lambda names: _sentence(names) is not None, expected)
         captions: dict[str, tuple[str, ...]] = {}
-        for row in rows:
-            name = (row["video_id"] or "").strip()
+        for _, row in rows:
+            name = row["video_id"].strip()
             _number(name, self.list_file)
-            captions[name] = (*captions.get(name, ()), " ".join((row[sentence] or "").split()))
+            captions[name] = (*captions.get(name, ()), " ".join(row[_sentence(tuple(row)) or ""].split()))
         return captions
 
     def _find_annotations(self, given: str) -> tuple[list[Path], Path | None]:
@@ -139,6 +131,11 @@ class MSRVTT:
                 + "\n  ".join(self.layout.strip().splitlines())
             )
         return found
+
+
+def _sentence(columns: Sequence[str]) -> str | None:
+    """The column of a list's sentences. None if the list has not the columns that it must have."""
+    return next((name for name in ("sentence", "sentences") if name in columns and "video_id" in columns), None)
 
 
 def _number(name: str, file: Path) -> int:

@@ -3,11 +3,14 @@
 import contextlib
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import TextIO
 
 from dcbench.errors import UserError
+
+Row = tuple[int, dict[str, str]]
 
 
 @contextlib.contextmanager
@@ -28,6 +31,27 @@ def open_text(path: Path) -> Iterator[TextIO]:
     """A text file. A byte-order mark is skipped, line ends are kept."""
     with _explained(path), path.open(encoding="utf-8-sig", newline="") as file:
         yield file
+
+
+def csv_rows(path: Path, delimiter: str, fitting: Callable[[Sequence[str]], bool], expected: str) -> list[Row]:
+    """(line, fields by column) of each record below the header. UserError unless the header is `fitting`."""
+    with open_text(path) as lines:
+        reader = csv.reader(lines, delimiter=delimiter)
+        columns = [name.strip() for name in next(reader, [])]
+        if not fitting(columns):
+            raise UserError(f"{path} has the columns {', '.join(columns) or 'none'}; expected {expected}")
+        rows = [(reader.line_num, fields) for fields in reader if fields]
+        return [(number, as_row(columns, fields, f"{path}, line {number}")) for number, fields in rows]
+
+
+def as_row(columns: Sequence[str], fields: Sequence[str], where: str) -> dict[str, str]:
+    """The fields of a CSV record by column; fields that lack are "". UserError if there are more than columns."""
+    if any(fields[len(columns) :]):  # separators at the end of a line do no harm
+        raise UserError(
+            f"{where}: {len(fields)} fields, but the table has the {len(columns)} columns {', '.join(columns)}. Put a "
+            f'text that holds the separator in quotes, for example "{fields[len(columns) - 1]}, ..."'
+        )
+    return dict(zip_longest(columns, fields[: len(columns)], fillvalue=""))
 
 
 def csv_records(path: Path) -> Iterator[tuple[int, int, list[str]]]:
@@ -57,6 +81,6 @@ def csv_record(path: Path, start: int, end: int) -> list[str]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Lines without their ends, whether LF or CR LF."""
+    """Lines without their ends, LF or CR LF. Other characters that Unicode calls line ends (U+2028) are text."""
     with open_text(path) as file:
-        return file.read().splitlines()
+        return [line.rstrip("\r\n") for line in file]

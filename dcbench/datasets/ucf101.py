@@ -8,14 +8,23 @@ from typing import Any
 from dcbench.catalogue import DatasetCard
 from dcbench.datasets.base import Item
 from dcbench.datasets.text import read_lines
-from dcbench.errors import UserError, near_match
+from dcbench.errors import UserError, as_text, near_match
 from dcbench.video import VideoFile
+from dcbench.video_files import SUFFIXES, find_videos
 
 SPLITS = ("all", "train01", "test01", "train02", "test02", "train03", "test03")
-NAME = re.compile(r"v_(?P<label>\w+)_g(?P<group>\d+)_c(?P<clip>\d+)\.avi", re.IGNORECASE)
+NAME = re.compile(r"v_(?P<label>\w+)_g(?P<group>\d+)_c(?P<clip>\d+)", re.IGNORECASE)
+# Class/v_Class_gXX_cYY; some copies have folders train and test above it
+PLACE = re.compile(r"((train|test|val|validation)/)?[^/]+/v_[^/]+", re.IGNORECASE)
 # In this class only, folder and files are spelt differently. Copies of the dataset mix both spellings.
 FILE_SPELLING = {"HandstandPushups": "HandStandPushups"}
 SENTENCES = Path(__file__).with_name("ucf101_prompts_pyoco.tsv")  # PYoCo (arXiv 2305.10474), its appendix
+
+
+def _stem(name: str) -> str:
+    """A listed name without the ending of a video."""
+    stem, _, ending = name.rpartition(".")
+    return stem if f".{ending.lower()}" in SUFFIXES else name
 
 
 def class_prompt(label: str) -> str:
@@ -29,12 +38,7 @@ class UCF101:
     def __init__(self, root: Path, prompts: str = "class-name", layout: str = ""):
         self.root = root
         self.layout = layout
-        self.videos = self._find_videos()
-        self.files = {  # lower-case "class/file" -> path; the spelling differs between copies
-            f"{path.parent.name}/{path.name}".lower(): path
-            for path in sorted(self.videos.glob("*/*"))
-            if path.suffix.lower() == ".avi" and not path.name.startswith(".")
-        }
+        self.videos, self.files = self._find_videos()  # lower-case "class/file" without suffix -> path
         self.lists = self._find_lists()
         self.labels = self._read_labels()
         self.prompts = self._read_prompts(prompts)
@@ -52,18 +56,18 @@ class UCF101:
 
     def _item(self, name: str, split: str) -> Item | None:
         folder, _, file = name.partition("/")
-        match = NAME.fullmatch(file)
+        match = NAME.fullmatch(_stem(file))
         if match is None:
             if split == "all":  # not a file of UCF-101; `dcbench data verify` lists it
                 return None
             raise UserError(f"{self.lists}/{split}: {name!r} is no UCF-101 video; expected Class/v_Class_gXX_cYY.avi")
         label = self.labels.get(folder.lower(), folder)
         group = f"{label}_g{match['group']}"
-        path = self.files.get(name.lower(), self.videos / folder / file)
+        path = self.files.get(_stem(name).lower(), self.videos / folder / file)
         return Item(
             id=f"v_{FILE_SPELLING.get(label, label)}_g{match['group']}_c{match['clip']}",
             video=VideoFile(path),
-            path=path.relative_to(self.videos).as_posix(),
+            path=as_text(path.relative_to(self.videos).as_posix()),
             captions=(self.prompts[label] if self.prompts else class_prompt(label),),
             split=split,
             label=label,
@@ -87,10 +91,16 @@ class UCF101:
             raise UserError(f"{self.lists / file}: {escapes[0]!r} is no path of the form Class/v_Class_gXX_cYY.avi")
         return sorted(set(names))
 
-    def _find_videos(self) -> Path:
+    def _find_videos(self) -> tuple[Path, dict[str, Path]]:
+        """The folder of the videos, and their paths. Spelling and format differ between copies; .avi comes first."""
         for folder in (self.root / "UCF-101", self.root / "UCF101", self.root / "videos", self.root):
-            if any(folder.glob("*/v_*.avi")):
-                return folder
+            paths = [Path(path) for path in find_videos(folder) if PLACE.fullmatch(path)] if folder.is_dir() else []
+            if paths:
+                paths.sort(key=lambda path: (path.suffix.lower() != ".avi", path.as_posix()))
+                files: dict[str, Path] = {}
+                for path in paths:
+                    files.setdefault(f"{path.parent.name}/{path.stem}".lower(), folder / path)
+                return folder, files
         raise UserError(
             f"ucf101: no video v_<Class>_gXX_cYY.avi below {self.root}. Expected there:\n  "
             + "\n  ".join(self.layout.strip().splitlines())

@@ -1,14 +1,15 @@
 """Decodes every video of a dataset. Lists broken, damaged, short, duplicated, missing and unused files."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from dcbench.datasets.base import Dataset, Item
-from dcbench.datasets.folder import find_videos
-from dcbench.errors import UserError
+from dcbench.errors import UserError, as_text
 from dcbench.progress import track
-from dcbench.video import FileFacts, VideoFile, examine, in_order
+from dcbench.video import FileFacts, PassingError, VideoFile, examine, in_order
+from dcbench.video_files import list_videos
 
 SHOWN = 20  # entries of each kind in the text; the lists are complete
 
@@ -26,13 +27,15 @@ class Verification:
     broken: list[str] = field(default_factory=list)  # "path: reason"; no frame can be read
     damaged: list[str] = field(default_factory=list)  # "path: reason"; the frames before the damage can be read
     short: list[str] = field(default_factory=list)  # "path: n frames"; fewer than min_frames
+    unchecked: list[str] = field(default_factory=list)  # "path: reason"; the reason may pass (a killed decoder, a disk)
     duplicates: list[list[str]] = field(default_factory=list)  # groups of videos with the same pixels
     unused: list[str] = field(default_factory=list)  # video files in the root that no split names
+    left_out: list[str] = field(default_factory=list)  # in the root, but not read as videos
     decoders: dict[str, int] = field(default_factory=dict)  # how many files "auto" reads by which decoder
 
     @property
     def ok(self) -> bool:
-        return not (self.missing or self.broken or self.damaged or self.short or self.duplicates)
+        return not (self.missing or self.broken or self.damaged or self.short or self.unchecked or self.duplicates)
 
     def text(self) -> str:
         """Text for the screen: one line per kind, then its videos."""
@@ -43,8 +46,10 @@ class Verification:
             "broken": self.broken,
             "damaged": self.damaged,
             f"shorter than {self.min_frames} frames": self.short,
+            "not checked, for a reason that may pass; try again": self.unchecked,
             "duplicated (same pixels)": [" = ".join(group) for group in self.duplicates],
             "in the folder, but in no split": self.unused,
+            "in the folder, but not read as videos": self.left_out,
         }
         for kind, entries in kinds.items():
             if entries:
@@ -66,12 +71,15 @@ def verify(
     for item, facts in track(zip(items, found, strict=True), len(items), f"verifying {split}", quiet=quiet):
         result.checked += 1
         path = item.video.path if isinstance(item.video, VideoFile) else None
+        if isinstance(facts, PassingError):
+            result.unchecked.append(f"{item.path}: {str(facts).removeprefix(as_text(f'{path}: '))}")
+            continue
         if isinstance(facts, UserError):
             result.unusable.append(item.path)
             if path is not None and not path.exists():
                 result.missing.append(item.path)
             else:
-                result.broken.append(f"{item.path}: {str(facts).removeprefix(f'{path}: ')}")
+                result.broken.append(f"{item.path}: {str(facts).removeprefix(as_text(f'{path}: '))}")
             continue
         result.frames += facts.frames
         result.decoders[facts.decoder] = result.decoders.get(facts.decoder, 0) + 1
@@ -86,7 +94,9 @@ def verify(
             result.short.append(f"{item.path}: {facts.frames} frames")
     result.duplicates = sorted(group for group in same.values() if len(group) > 1)
     if root is not None:
-        result.unused = _unused(dataset, root)
+        listing = list_videos(root)
+        result.unused = _unused(dataset, root, listing.videos)
+        result.left_out = list(map(as_text, listing.left_out))
     return result
 
 
@@ -111,8 +121,8 @@ def _damage(facts: FileFacts) -> str:
     return ""
 
 
-def _unused(dataset: Dataset, root: Path) -> list[str]:
-    """Video files below the root that belong to no split."""
+def _unused(dataset: Dataset, root: Path, videos: Sequence[str]) -> list[str]:
+    """Those videos below the root that belong to no split."""
     used: set[Path] = set()
     for split in dataset.splits():
         try:
@@ -120,4 +130,4 @@ def _unused(dataset: Dataset, root: Path) -> list[str]:
         except UserError:  # the list of this split is missing
             continue
         used |= {item.video.path.resolve() for item in items if isinstance(item.video, VideoFile)}
-    return [path for path in find_videos(root) if (root / path).resolve() not in used]
+    return [as_text(path) for path in videos if (root / path).resolve() not in used]

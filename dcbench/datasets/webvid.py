@@ -12,7 +12,7 @@ import numpy as np
 
 from dcbench.catalogue import DatasetCard
 from dcbench.datasets.base import Item
-from dcbench.datasets.text import csv_record, csv_records, read_lines
+from dcbench.datasets.text import as_row, csv_record, csv_records, read_lines
 from dcbench.errors import UserError, near_match
 from dcbench.video import VideoFile
 
@@ -118,7 +118,7 @@ class Listing:
                 yield start, end, self.item(fields, f", line {number}")
 
     def item(self, fields: Sequence[str], where: str = "") -> Item:
-        row = self._row(fields)
+        row = as_row(self.columns, fields, f"{self.file}{where}")
         name, page = row["videoid"].strip(), row["page_dir"].strip()
         if not SAFE.fullmatch(name) or not all(SAFE.fullmatch(part) for part in page.split("/")):
             raise UserError(f"{self.file}{where}: videoid {name!r} or page_dir {page!r} is no plain name")
@@ -127,11 +127,8 @@ class Listing:
         label = row.get("dynamic_source_category") or None
         return Item(name, VideoFile(self.source.root / path), path, (caption,) if caption else (), self.split, label)
 
-    def _row(self, fields: Sequence[str]) -> dict[str, str]:
-        return dict(itertools.zip_longest(self.columns, fields[: len(self.columns)], fillvalue=""))
-
     def _confidence(self, fields: Sequence[str], number: int) -> float:
-        value = self._row(fields)["dynamic_confidence"]
+        value = as_row(self.columns, fields, f"{self.file}, line {number}")["dynamic_confidence"]
         try:
             return float(value or 0)
         except ValueError as error:

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from dcbench import machine
 from dcbench.catalogue import slug
 from dcbench.datasets.base import Item
-from dcbench.errors import UserError
+from dcbench.errors import UserError, as_text
 from dcbench.files import digest
 from dcbench.protocol import Protocol, find_protocol, fingerprint, ordered, plan_clips
 from dcbench.ranks import join_ranks, on_first_rank, rank, together
@@ -70,7 +70,7 @@ def plan_folders(
             f'protocol {protocol.name}: reference_videos = "disjoint" chooses reference videos, but here --reference '
             'names them. Use a protocol with "paired", and put the videos that you want to compare with in that folder'
         )
-    name, title = generated.resolve().name, reference.resolve().name
+    name, title = as_text(generated.resolve().name), as_text(reference.resolve().name)
 
     def make() -> tuple[Run, list[Case]]:
         real, made = (planning.folder_items(root, resolved, groups) for root in (reference, generated))

@@ -231,7 +231,10 @@ def prober(wanted: int, what: str, quiet: bool) -> Callable[[Sequence[Item]], It
 
     def infos(order: Sequence[Item]) -> Iterator[Any]:
         found = video.in_order(lambda item: item.video.info(), order, workers=min(8, os.cpu_count() or 1))
-        yield from track(found, wanted, what, quiet=quiet)
+        for info in track(found, wanted, what, quiet=quiet):
+            if isinstance(info, video.PassingError):  # the plan would be without this video for ever
+                raise UserError(f"{info}. This may pass, so nothing was planned: give the same command again")
+            yield info
 
     return infos
 

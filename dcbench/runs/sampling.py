@@ -8,19 +8,23 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dcbench import machine, video
-from dcbench.catalogue import load_entry_point
+from dcbench.catalogue import ModelCard, load_entry_point
 from dcbench.clips import pixels_sha256
-from dcbench.errors import UserError
+from dcbench.errors import SharedError, UserError
 from dcbench.files import sha256_file
-from dcbench.models.base import ChecksFirst, ImageToVideo, PreparesFirst, Request, check_generated
+from dcbench.models.base import ChecksFirst, ImageToVideo, PreparesFirst, Request, Runtime, check_generated
 from dcbench.progress import track
-from dcbench.ranks import held_by_first_rank, join_ranks, on_first_rank, rank, together, world_size
+from dcbench.ranks import gather, held_by_first_rank, join_ranks, on_first_rank, rank, together, world_size
 from dcbench.record import Case
 from dcbench.runs.run import Options, Run
 
 
 def sample(run: Run, options: Options) -> None:
-    """Make every missing clip; each rank makes its share. UserError if the disk is too full or a clip is wrong."""
+    """Make every missing clip; each rank makes its share.
+
+    UserError if the disk is too full, a clip is wrong, or, in the end, if a video could not be read for a reason that
+    may pass.
+    """
     if run.model is None:
         return
     join_ranks()
@@ -28,17 +32,28 @@ def sample(run: Run, options: Options) -> None:
         on_first_rank(run.directory.mend)
         finished = run.directory.finished_samples()
         missing = [case for case in run.cases if case.id not in finished]
+        lost: list[str] = []
         if missing:
-            together(lambda: _make(run, options, missing))
+            lost = together(lambda: _make(run, options, missing))
+        raise_lost([reason for part in gather(lost) for reason in part], "generated")
 
 
-def _make(run: Run, options: Options, missing: Sequence[Case]) -> None:
-    """Make this rank's share of the missing clips."""
+def raise_lost(reasons: Sequence[str], what: str) -> None:
+    """UserError if there are clips that the same command may still get."""
+    if reasons:
+        raise SharedError(
+            f"{len(reasons)} clips were not {what}, for a reason that may pass: {reasons[0]}. Give the same command "
+            "again; what is finished is kept. If this stays so, remove or replace the file"
+        )
+
+
+def _make(run: Run, options: Options, missing: Sequence[Case]) -> list[str]:
+    """Make this rank's share of the missing clips. Returns why videos could not be read, where that may pass."""
     assert run.model is not None
     _check_room(run, missing)
     runtime = options.runtime()
     machine.forget_peak_memory()
-    model: ImageToVideo = load_entry_point(run.model)(run.model, runtime)
+    model: ImageToVideo = _load(run.model, runtime)
     if isinstance(model, ChecksFirst):
         model.check([case.id for case in missing])
     mine = missing[rank() :: world_size()]
@@ -51,9 +66,18 @@ def _make(run: Run, options: Options, missing: Sequence[Case]) -> None:
         "hardware": machine.hardware(runtime.device),
     }
     facts |= getattr(model, "facts", {})  # from the model itself: its precision, its weights
-    made = _sample_batches(run, model, batches, facts, spent)
+    lost: list[str] = []
+    made = _sample_batches(run, model, batches, facts, spent, lost)
     for _ in track(made, len(mine) + done, "generating", done, options.quiet or rank() > 0):
         pass
+    return lost
+
+
+def _load(card: ModelCard, runtime: Runtime) -> ImageToVideo:
+    try:
+        return load_entry_point(card)(card, runtime)
+    except SystemExit as error:  # it would end dcbench without a word
+        raise UserError(f"{card.name}: its code ends the program (exit code {error.code}) when it is loaded") from error
 
 
 def _prepare(run: Run, model: ImageToVideo, cases: Sequence[Case]) -> dict[str, float]:
@@ -86,8 +110,12 @@ def _sample_batches(
     batches: Sequence[Sequence[Case]],
     facts: dict[str, Any],
     spent: dict[str, float],
+    lost: list[str],
 ) -> Iterator[str]:
-    """Make and store the clips of each batch. Yields the id of each case, also if its video could not be read."""
+    """Make and store the clips of each batch. Yields the id of each case, also if its video could not be read.
+
+    `lost` collects why videos could not be read, where the reason may pass.
+    """
 
     def read(batch: Sequence[Case]) -> list[Request | UserError]:
         requests: list[Request | UserError] = []
@@ -104,6 +132,8 @@ def _sample_batches(
         for case, request in zip(batch, got, strict=True):
             if isinstance(request, UserError):
                 print(f"cannot read {case.video} for clip {case.id}: {request}", file=sys.stderr, flush=True)
+                if isinstance(request, video.PassingError):
+                    lost.append(f"clip {case.id}, {request}")
         requests = [request for request in got if isinstance(request, Request)]
         start = time.perf_counter()
         made = model.generate(requests) if requests else []

@@ -32,6 +32,7 @@ from dcbench.record import Case, Cost, Failure, Record, Score
 from dcbench.runs import suspect
 from dcbench.runs.directory import RunDirectory
 from dcbench.runs.run import Options, Run
+from dcbench.runs.sampling import raise_lost
 
 PREFETCH = 3  # cases decoded ahead
 
@@ -147,6 +148,7 @@ class Seen:
     decoders: dict[str, str] = field(default_factory=dict)  # case id -> the decoder of the reference
     likenesses: dict[str, float] = field(default_factory=dict)  # case id -> see `suspect.likeness`
     failures: list[Failure] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)  # clips that could not be read for a reason that may pass, and why
 
     def merge(self, other: "Seen") -> None:
         for name in ("generated", "reference", "lacking"):
@@ -157,6 +159,7 @@ class Seen:
         self.decoders.update(other.decoders)
         self.likenesses.update(other.likenesses)
         self.failures.extend(other.failures)
+        self.lost.extend(other.lost)
 
     def of(self, metric: Metric, cases: Sequence[Case]) -> Observations:
         """A metric's observations in the order of the cases. Cases without an observation are left out."""
@@ -206,7 +209,8 @@ def observe(run: Run, metrics: Sequence[Metric], cache: FeatureCache | None, cas
 
     for case, got in zip(cases, video.in_order(prepare, cases, cores, cores + PREFETCH), strict=True):
         if isinstance(got, UserError):
-            yield Seen(failures=[Failure(id=case.id, reason=str(got))])
+            lost = [f"clip {case.id}, {got}"] if isinstance(got, video.PassingError) else []
+            yield Seen(failures=[Failure(id=case.id, reason=str(got))], lost=lost)
             continue
         for metric in others:
             _observe_case(metric, got, cache)
@@ -387,7 +391,10 @@ def _check_clips(run: Run) -> None:
 def observe_all(
     run: Run, metrics: Sequence[Metric], options: Options, cache: FeatureCache | None, what: str = "scoring"
 ) -> Seen:
-    """Observe all cases of a run. Each rank does its share, and gets the results of all ranks."""
+    """Observe all cases of a run. Each rank does its share, and gets the results of all ranks.
+
+    UserError if a clip could not be read for a reason that may pass: a score without it would be of other clips.
+    """
     mine = run.cases[rank() :: world_size()]
 
     def share() -> Seen:
@@ -400,6 +407,7 @@ def observe_all(
     whole = Seen()
     for part in gather(seen):
         whole.merge(part)
+    raise_lost(whole.lost, "scored")
     return whole
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from dcbench.catalogue import find_dataset, load_entry_point
 from dcbench.datasets.folder import Folder, make_ids
+from dcbench.datasets.text import read_lines
 from dcbench.datasets.webvid import WebVid
 from dcbench.errors import UserError
 from dcbench.record import check_clip_id
@@ -73,6 +74,12 @@ def test_captions(tmp_path, name):
         ("captions.csv", "file,caption\nother.mp4,x\n", "none of its 1 rows names a video"),
         ("captions.jsonl", '{"file": "a.mp4"}\n', "line 1: expected"),
         ("captions.jsonl", "nonsense\n", "line 1: expected"),
+        (
+            "captions.csv",
+            'file,caption\n\nb.mp4,"two, quoted"\na.mp4,a dog, running fast\n',
+            r'line 4: 3 fields, but the table has the 2 columns file, caption\. .* in quotes, for example "a dog, ..."',
+        ),
+        ("groups.csv", "file,group\na.mp4,one,two\n", "groups.csv, line 2: 3 fields, but the table has the 2 columns"),
     ],
 )
 def test_bad_captions_are_named(tmp_path, name, text, message):
@@ -80,6 +87,24 @@ def test_bad_captions_are_named(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=message):
         Folder(tmp_path)
+
+
+LINE_ENDS = "\u2028 \u2029 \x85 \x0b \x0c \x1c \x1d \x1e"
+
+
+def test_what_unicode_calls_a_line_end_is_text(tmp_path):
+    """JSON allows them within a string. Line ends are LF and CR LF, in every list that is read."""
+    touch(tmp_path, "a.mp4", "b.mp4")
+    rows = [{"file": "a.mp4", "caption": "a dog\u2028runs\u2029over\x85a fence"}, {"file": "b", "caption": "a cat"}]
+    text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "captions.jsonl").write_text(text, encoding="utf-8", newline="")
+    assert [item.captions for item in Folder(tmp_path).items("all")] == [(rows[0]["caption"],), ("a cat",)]
+    lines = tmp_path / "lines.txt"
+    lines.write_text(f"one{LINE_ENDS}\r\n\r\ntwo\n three", encoding="utf-8-sig", newline="")
+    assert read_lines(lines) == [f"one{LINE_ENDS}", "", "two", " three"]
+    (tmp_path / "captions.jsonl").unlink()
+    (tmp_path / "captions.csv").write_text(f"file,caption\na,one{LINE_ENDS}two\n", encoding="utf-8", newline="")
+    assert Folder(tmp_path).items("all")[0].captions == (f"one{LINE_ENDS}two",)
 
 
 def test_captions_in_another_encoding(tmp_path):
@@ -157,6 +182,15 @@ def test_webvid_leaves_out_what_a_list_names(webvid):
         WebVid(webvid, exclude=str(webvid / "bad.txt")).items("train")
     with pytest.raises(UserError, match=r"exclude = 'worse.txt' is no file"):
         WebVid(webvid, exclude="worse.txt")
+
+
+def test_webvid_s_captions_are_not_cut_at_a_comma(webvid):
+    list_of = webvid / "results_2M_val.csv"
+    list_of.write_text("videoid,page_dir,name\n1,a,whole,,\n2,a,a dog, running\n")
+    with pytest.raises(UserError, match=r"results_2M_val\.csv, line 3: 4 fields, but the table has the 3 columns"):
+        WebVid(webvid).items("val")
+    list_of.write_text("videoid,page_dir,name\n1,a,whole,,\n")
+    assert WebVid(webvid).items("val")[0].captions == ("whole",)
 
 
 def test_webvid_errors(webvid, tmp_path):

@@ -1,18 +1,22 @@
 """Procedural videos in official layouts, read back by the real loaders; everything wrong with files is listed."""
 
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import av
 import pytest
 import torch
+from numbered_clips import numbered
 
 from dcbench.catalogue import find_dataset, load_entry_point
 from dcbench.datasets.base import Dataset
 from dcbench.datasets.make import make, widen
 from dcbench.datasets.verify import verify
 from dcbench.errors import UserError
+from dcbench.video import write_mp4
 
 
 def load(name: str, root: Path | None, **options) -> Dataset:
@@ -89,6 +93,30 @@ def test_make_refuses_what_it_cannot_do(made, tmp_path):
     card = find_dataset("ucf101")
     with pytest.raises(UserError, match="ucf101 consists of files already"):
         make(load("ucf101", made["ucf101"]), card, "msrvtt", 4, tmp_path / "y")
+
+
+def test_verify_finds_what_reading_finds(tmp_path):
+    """A size that changes, files that are no videos, and names that are not UTF-8."""
+    parts = []
+    for height, width in ((48, 64), (64, 48)):
+        write_mp4(tmp_path / "part.mp4", numbered(20, height, width), 25)
+        with av.open(str(tmp_path / "part.mp4")) as source, av.open(str(tmp_path / "part.ts"), "w") as copy:
+            stream = copy.add_stream_from_template(source.streams.video[0])
+            for packet in source.demux(video=0):
+                if packet.dts is not None:
+                    packet.stream = stream
+                    copy.mux(packet)
+        parts.append((tmp_path / "part.ts").read_bytes())
+    root = tmp_path / "data"
+    root.mkdir()
+    (root / "joined.ts").write_bytes(b"".join(parts))
+    Path(os.fsdecode(os.fsencode(root) + b"/caf\xe9.mp4")).write_bytes(b"nothing")
+    (root / "raw.h264").touch()
+    found = verify(load("folder", root), "all", root, min_frames=8, quiet=True)
+    assert found.damaged == ["joined.ts: after 20 frames: the size of the frames changes from 64x48 to 48x64"]
+    assert [broken.split(": ")[0] for broken in found.broken] == ["caf\\udce9.mp4"] and found.left_out == ["raw.h264"]
+    assert "not read as videos: 1\n  raw.h264" in found.text()
+    found.text().encode()
 
 
 def test_verify_lists_everything_that_is_wrong(made, tmp_path):

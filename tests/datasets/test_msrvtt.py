@@ -143,6 +143,13 @@ def test_bad_list_is_named(tmp_path):
         MSRVTT(tmp_path).items("1k-A")
 
 
+def test_a_sentence_is_not_cut_at_a_comma(tmp_path):
+    touch(tmp_path, "video1.mp4")
+    (tmp_path / "MSRVTT_JSFUSION_test.csv").write_text("key,video_id,sentence\nret0,video1,a dog, running\n")
+    with pytest.raises(UserError, match=r"JSFUSION_test\.csv, line 2: 4 fields, but the table has the 3 columns key"):
+        MSRVTT(tmp_path).items("1k-A")
+
+
 def test_nothing_here_says_what_is_expected(tmp_path):
     card = find_dataset("msrvtt")
     with pytest.raises(UserError, match=r"no annotations in .*(.|\n)*TestVideo/video7010.mp4"):

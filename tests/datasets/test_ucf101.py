@@ -66,6 +66,29 @@ def test_handstand_case_trap(root, folder, stem):
         assert item.video.path.is_file()  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("place", ["UCF-101", "UCF-101/train", "train", "test"])
+@pytest.mark.parametrize("suffix", [".mp4", ".webm"])
+def test_copies_in_other_formats_and_folders_have_the_same_items(root, tmp_path, place, suffix):
+    official = {split: UCF101(root).items(split) for split in ("test01", "train01", "all")}
+    (root / "UCF-101").rename(root / "old")
+    for path in sorted((root / "old").glob("*/v_*.avi")):
+        touch(root / place, f"{path.parent.name}/{path.stem}{suffix}")
+    for path in sorted((root / "old").rglob("*.avi")):
+        path.unlink()
+    copy = UCF101(root)
+    for split, items in official.items():
+        found = copy.items(split)
+        assert [(item.id, item.label, item.group) for item in found] == [(i.id, i.label, i.group) for i in items]
+        there = [item.id for item in found if item.video.path.suffix == suffix]  # type: ignore[attr-defined]
+        assert there == [item.id for item in found if item.id != "v_YoYo_g09_c01"]
+
+
+def test_of_two_formats_the_official_one_is_read(root):
+    touch(root / "UCF-101", "PlayingGuitar/v_PlayingGuitar_g01_c01.mp4", "PlayingGuitar/v_PlayingGuitar_g02_c01.mp4")
+    paths = [item.path for item in UCF101(root).items("all") if item.label == "PlayingGuitar"]
+    assert [path.split("_", 2)[2] for path in paths] == ["g01_c01.avi", "g02_c01.mp4", "g08_c02.avi"]
+
+
 def test_listed_but_missing_video_is_kept_and_fails_when_read(root):
     items = {item.id: item for item in UCF101(root).items("train01")}
     assert len(items) == 3

@@ -263,7 +263,12 @@ def test_outputs_that_are_not_whole_are_named(tmp_path):
     for name in ("empty", "torn"):
         (tmp_path / name).mkdir()
     (tmp_path / "torn" / "0.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    expected = {"cut.npy": "no whole .npy", "float.npy": "float64", "empty": "holds no image", "torn": "no whole image"}
+    expected = {
+        "cut.npy": "no whole .npy",
+        "float.npy": "float64",
+        "empty": "holds no image",
+        "torn": "no picture that can be read",
+    }
     for name, message in expected.items():
         with pytest.raises(UserError, match=message):
             external.read_output(tmp_path / name)

@@ -1,6 +1,7 @@
 """Two folders of videos are a run like others: a plan, a page with clips, and they can be scored again."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -9,10 +10,10 @@ import torch
 
 import dcbench
 from dcbench import video
-from dcbench.animate import read_image
 from dcbench.catalogue import find_dataset, find_model
 from dcbench.errors import UserError
 from dcbench.metrics.ssim import ssim
+from dcbench.pictures import read_image
 from dcbench.protocol import find_protocol, make_case
 from dcbench.record import Case, Record, read_manifest, read_record
 from dcbench.runs import planning, sampling, scoring
@@ -60,6 +61,24 @@ def test_it_can_be_scored_again_with_other_metrics(scored: Path, tmp_path: Path,
         tmp_path / "made", tmp_path / "real", "folders", QUIET, [cheap_metric, "ssim_image"], tmp_path / "run"
     )
     assert (scored / "record.json").read_bytes() == kept
+
+
+def test_clips_of_any_name_and_kind_are_scored(tmp_path: Path, cheap_metric: str):
+    """Names and folders that are not UTF-8, and several kinds of files; all that is written is UTF-8."""
+    made, real = (Path(os.fsdecode(os.fsencode(tmp_path) + name)) for name in (b"/m\xe9de", b"/r\xe9al"))
+    make_clips(made, "abc", 0)
+    make_clips(real, "abc", 10)
+    for folder in (made, real):
+        (folder / "a.mp4").rename(Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.mp4")))
+    clip = video.read(video.VideoFile(made / "b.mp4"))[0]
+    video.write_gif(made / "b.gif", clip, 8)
+    (made / "b.mp4").unlink()
+    out = score_folders(made, real, "folders", QUIET, [cheap_metric], tmp_path / "run")
+    record = read_record(out)
+    assert (record.n_planned, record.n_scored, record.scores["corners"].n_generated) == (3, 3, 3)
+    assert planning.reopen(out).items.keys() == {case.id for case in read_manifest(out / "manifest.jsonl")}
+    texts = {path.name: path.read_text("utf-8") for path in out.glob("*.json*")}  # all of it UTF-8
+    assert "caf\\\\udce9.mp4" in texts["manifest.jsonl"] and "m\\\\udce9de" in texts["plan.json"]
 
 
 def test_the_values_are_those_of_the_files(scored: Path, tmp_path: Path):

@@ -160,7 +160,7 @@ def main(arguments: list[str]) -> None:
     if len(arguments) != 3 or arguments[0] not in ADAPTERS:
         raise SystemExit(f"usage: adapters.py {'|'.join(ADAPTERS)} REQUESTS OUTPUT")
     name, requests, output = arguments
-    wanted = [json.loads(line) for line in Path(requests).read_text(encoding="utf-8").splitlines()]
+    wanted = [json.loads(line) for line in Path(requests).read_text(encoding="utf-8").split("\n") if line]
     with tempfile.TemporaryDirectory(dir=str(Path(output).parent)) as work:
         ADAPTERS[name](wanted, Path(output), Path(work))
 

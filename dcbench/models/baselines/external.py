@@ -33,6 +33,7 @@ from dcbench.errors import UserError
 from dcbench.facts import Facts, validate
 from dcbench.files import atomic_write
 from dcbench.models.base import Request, Runtime
+from dcbench.pictures import read_image
 from dcbench.progress import track
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -270,14 +271,10 @@ def _read_images(folder: Path) -> Tensor:
         raise UserError(f"{folder} holds no image ({', '.join(IMAGES)})")
     frames = []
     for path in paths:
-        try:
-            with Image.open(path) as image:
-                frames.append(np.asarray(image.convert("RGB")))
-        except (OSError, SyntaxError, ValueError) as error:
-            raise UserError(f"{path} is no whole image: {error}") from error
+        frames.append(read_image(path))
         if frames[-1].shape != frames[0].shape:
             raise UserError(f"{path} is not of the size of {paths[0].name}")
-    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous()
+    return torch.stack(frames)
 
 
 def load(card: ModelCard, runtime: Runtime) -> External:

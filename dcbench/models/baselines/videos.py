@@ -11,18 +11,23 @@ from dcbench.catalogue import ModelCard
 from dcbench.clips import choose_in_time
 from dcbench.errors import UserError, near_match
 from dcbench.models.base import Request, Runtime
+from dcbench.video_files import find_videos, make_ids
 
 
 class Videos:
-    """Finds each clip by `pattern`, or by a file whose name without suffix is the clip's id."""
+    """Finds each clip by `pattern`, or by a file whose name without suffix is the clip's id.
+
+    A folder with the names of the data set `folder` fits it: its files have the ids that they have there.
+    """
 
     conditions_on: frozenset[str] = frozenset()
 
     def __init__(self, card: ModelCard, folder: Path, pattern: str, temporal: str):
         self.card, self.folder, self.pattern, self.temporal = card, folder, pattern, temporal
-        found = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in video.SUFFIXES and path.is_file()]
+        whole = [path for path in find_videos(folder) if (folder / path).is_file()]  # no broken link
+        self.by_id = {name: folder / path for path, name in make_ids(whole).items()}
         self.by_stem: dict[str, list[Path]] = {}
-        for path in found:
+        for path in self.by_id.values():
             self.by_stem.setdefault(path.stem, []).append(path)
 
     def find(self, clip_id: str) -> Path | None:
@@ -32,7 +37,7 @@ class Videos:
         paths = self.by_stem.get(clip_id, [])
         if len(paths) > 1:
             raise UserError(f"clip {clip_id}: both {paths[0]} and {paths[1]} match; keep one, or set options.pattern")
-        return paths[0] if paths else None
+        return paths[0] if paths else self.by_id.get(clip_id)
 
     def check(self, clip_ids: Sequence[str]) -> None:
         """Every clip must have its file; otherwise name what is missing and what lies there instead."""
