@@ -45,7 +45,9 @@ def sample(run: Run, options: Options) -> None:
             }
             facts |= getattr(model, "facts", {})  # from the model itself: its precision, its weights
             made = _sample_batches(run, model, batches, facts, spent)
-            for _ in track(made, len(mine) + done, "generating", done, options.quiet or rank() > 0):
+            for _ in track(
+                made, len(mine) + done, "generating", done, options.quiet or rank() > 0, whole=len(run.cases)
+            ):
                 pass
         barrier()
 

@@ -368,7 +368,8 @@ def observe_all(
     """Observe all cases of a run. Each rank does its share, and gets the results of all ranks."""
     mine = run.cases[rank() :: world_size()]
     seen = Seen()
-    for part in track(observe(run, metrics, cache, mine), len(mine), what, quiet=options.quiet or rank() > 0):
+    parts, quiet = observe(run, metrics, cache, mine), options.quiet or rank() > 0
+    for part in track(parts, len(mine), what, quiet=quiet, whole=len(run.cases)):
         seen.merge(part)
     whole = Seen()
     for part in gather(seen):
