@@ -3,20 +3,38 @@
 import os
 import signal
 import sys
+from typing import Annotated
 
 import typer
 
 from dcbench.cli import evaluate, model, probe, tools, weights
 from dcbench.errors import UserError
+from dcbench.version import __version__
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Reproducible, explainable evaluation of image-to-video models. Start with: "
     "dcbench run --model dynamicrafter-tiny --dataset shapes",
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"dcbench {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
 
 app.command()(evaluate.run)
 app.command()(evaluate.sample)

@@ -1,11 +1,13 @@
 """The commands data, cache and doctor."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dcbench.errors import UserError
+from dcbench.escape import plain
 
 data = typer.Typer(no_args_is_help=True, help="Make or verify a dataset's files.")
 cache = typer.Typer(no_args_is_help=True, help="List or empty the feature cache.")
@@ -140,6 +142,7 @@ def doctor_overview(context: typer.Context) -> None:
     print(f"baselines: {'diffusers is here' if diffusers else INSTALL}")
     for kind, found in (("metrics", cards("metrics")), ("datasets", cards("datasets"))):
         print(f"\n{kind}")
+        missing: dict[str, list[str]] = {}  # what is missing -> the cards that need it
         for card in found.values():
             try:
                 if isinstance(card, MetricCard):
@@ -148,5 +151,16 @@ def doctor_overview(context: typer.Context) -> None:
                     find_root(card, None)
                 print(f"  ready    {card.name}")
             except UserError as error:
-                print(f"  missing  {card.name}: " + str(error).replace("\n", "\n           "))
+                missing.setdefault(str(error), []).append(card.name)
+        for text, needed in missing.items():
+            print(f"  missing  {', '.join(needed)}: {_advice(text, needed[0])}")
     print("\nmodels and their weights: dcbench weights list")
+
+
+def _advice(text: str, name: str) -> str:
+    """What is missing and how to get it: with the name to fetch, and no size where none is known."""
+    lines = [plain(line) for line in text.replace("fetch NAME", f"fetch {name}").splitlines()]
+    known = [re.sub(r"(?<=[(: ])unknown size, ", "", line) for line in lines]
+    file = known[0].partition(" is missing")[0]
+    shown = [re.sub(rf"^(\s*){re.escape(file)}: .*?, from ", r"\1from ", line) for line in known]  # said in line 1
+    return "\n           ".join(shown)
