@@ -8,7 +8,7 @@ from dcbench.errors import UserError
 from dcbench.files import write_text
 from dcbench.reports.figures import Curve, cost_plot, curves, frame_grid
 from dcbench.reports.notations import costs_to_markdown, to_csv, to_latex, to_markdown
-from dcbench.reports.page import ClipSource, group_runs, spread, write_page
+from dcbench.reports.page import ClipSource, check_metric, group_runs, spread, write_page
 from dcbench.reports.tables import Result, choose, costs, layout, load_results, name_runs, numbers
 
 GRIDS = 2  # clips drawn as frames, per fingerprint
@@ -38,6 +38,8 @@ def write_report(runs: Sequence[Path], to: Path, choices: Choices | None = None)
     loaded = load_results(runs)
     found = numbers(loaded)
     shown = choose(loaded, found, choices.metrics, choices.published or "all")
+    if choices.clips_by:
+        check_metric(choices.clips_by, loaded)
     in_paper = choose(loaded, found, choices.metrics, choices.published or "same-protocol")
     table = layout(loaded, shown, choices.notes != "short")
     text = to_markdown(table)

@@ -128,10 +128,8 @@ def write_page(
 
     `clips` of each fingerprint are shown: evenly over the manifest, or the worst and the best by the metric `clips_by`.
     """
-    groups = group_runs(runs)
-    if clips_by:
-        _check_metric(clips_by, groups)
-    sections = [_section(group, n, to, clips, clips_by, name_runs(runs)) for n, group in enumerate(groups)]
+    labels = name_runs(runs)
+    sections = [_section(group, n, to, clips, clips_by, labels) for n, group in enumerate(group_runs(runs))]
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -153,8 +151,9 @@ def write_page(
     return to / "index.html"
 
 
-def _check_metric(name: str, groups: Sequence[Sequence[Result]]) -> None:
-    known = {metric for group in groups for run in group for row in _per_clip(run.path).values() for metric in row}
+def check_metric(name: str, runs: Sequence[Result]) -> None:
+    """Raise UserError if no clip has a value of this metric."""
+    known = {metric for run in runs for row in _per_clip(run.path).values() for metric in row}
     if name not in known:
         has = f"The runs have: {', '.join(sorted(known))}" if known else "The runs have none"
         raise UserError(f'no clip of these runs has a value of "{name}".{near_match(name, known)} {has}')
