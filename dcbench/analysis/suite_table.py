@@ -149,7 +149,7 @@ def write_table(suite: Suite, rows: Sequence[ArmScores], out: Path, seeds: Seque
     text += ["| " + " | ".join(cells) + " |" for cells in body]
     text += _gap_table(suite, rows)
     reasons = {name: reason for row in rows for name, reason in row.reasons.items()}
-    text += [f"\nNot computed: {markdown(name)}: {markdown(reason)}" for name, reason in reasons.items()]
+    text += [f"\nNot computed: {markdown(name)}: {markdown(why.splitlines()[0])}" for name, why in reasons.items()]
     whole = "\n".join(text) + "\n"
     write_text(out / "table.md", whole)
     sheet = io.StringIO()
