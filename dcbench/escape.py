@@ -30,6 +30,11 @@ def plain(text: str) -> str:
     return LINES.sub(" ", CONTROLS.sub("�", text))
 
 
+def screen(text: str) -> str:
+    """Several lines for a terminal, each as `plain` makes it."""
+    return "\n".join(map(plain, text.split("\n")))
+
+
 def markdown(text: str) -> str:
     """One line of Markdown, also inside a table, that is shown as `text`."""
     escaped = MARKDOWN.sub(lambda found: "\\" + found[0], plain(text))

@@ -59,6 +59,14 @@ def test_a_title_moves_no_cursor():
     assert list(_lines({"x": Card(name="x", title="\x1b[2J", summary="a\nb")})) == ["- x  �[2J: a b"]
 
 
+def test_a_file_name_moves_no_cursor(tmp_path):
+    """The names of videos, in what `data verify` prints."""
+    (tmp_path / "a\x1b[2Jb.mp4").write_bytes(b"no video")
+    done = CliRunner().invoke(app, ["data", "verify", "folder", "--data", str(tmp_path)], catch_exceptions=False)
+    assert done.exit_code == 1 and "a�[2Jb.mp4" in done.output and "\x1b" not in done.output
+    assert len(done.output.splitlines()) > 2
+
+
 def test_the_doctor_says_what_to_type_once_for_each_file(monkeypatch, tmp_path):
     """Three metrics need one file; that of PIC has no published size."""
     importlib.import_module("dcbench.runs.planning")  # before the patch: modules keep the true function

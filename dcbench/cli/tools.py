@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dcbench.errors import UserError
-from dcbench.escape import plain
+from dcbench.escape import screen
 
 data = typer.Typer(no_args_is_help=True, help="Make or verify a dataset's files.")
 cache = typer.Typer(no_args_is_help=True, help="List or empty the feature cache.")
@@ -66,7 +66,7 @@ def data_verify(
     results = [verify(source, name, root, min_frames, workers) for name in chosen]
     if unusable:
         write_text(unusable, "".join(f"{path}\n" for result in results for path in result.unusable))
-    print("\n\n".join(result.text() for result in results))
+    print(screen("\n\n".join(result.text() for result in results)))
     if not all(result.ok for result in results):
         raise typer.Exit(1)
 
@@ -159,7 +159,7 @@ def doctor_overview(context: typer.Context) -> None:
 
 def _advice(text: str, name: str) -> str:
     """What is missing and how to get it: with the name to fetch, and no size where none is known."""
-    lines = [plain(line) for line in text.replace("fetch NAME", f"fetch {name}").splitlines()]
+    lines = screen(text.replace("fetch NAME", f"fetch {name}")).split("\n")
     known = [re.sub(r"(?<=[(: ])unknown size, ", "", line) for line in lines]
     file = known[0].partition(" is missing")[0]
     shown = [re.sub(rf"^(\s*){re.escape(file)}: .*?, from ", r"\1from ", line) for line in known]  # said in line 1

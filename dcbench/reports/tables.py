@@ -417,7 +417,7 @@ def _explain(runs: Sequence[Result], found: Sequence[Number], table: Table) -> N
     methods = sorted({number.ci_method for number in found if number.low is not None and number.ci_method})
     if methods:
         how = f" ({'; '.join(methods)})" if table.full_notes else ""
-        table.note(f"[low, high]: 95 % interval{how}.")
+        table.note(f"In brackets: 95 % interval{how}.")
     _explain_bold(found, table)
     if table.full_notes:
         _explain_metrics(found, table)

@@ -210,7 +210,7 @@ def test_short_footnotes_have_no_advice_and_keep_what_a_mark_means():
     found = numbers(runs, {"a": published()})
     short, full = (layout(runs, found, full_notes=full).notes for full in (False, True))
     assert not [note for note in short if "weights fetch" in note or "few clips" in note or "sha256" in note]
-    for part in ("not computed", "Source: arXiv", "[low, high]: 95 % interval.", "Bold: ", "1 clips are lost"):
+    for part in ("not computed", "Source: arXiv", "In brackets: 95 % interval.", "Bold: ", "1 clips are lost"):
         assert any(part in note for note in short), part
     assert any("weights fetch" in note for note in full) and len(full) > len(short)
 
