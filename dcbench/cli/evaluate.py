@@ -214,7 +214,9 @@ def report(
     notes: Annotated[
         str | None, typer.Option("--notes", help="Footnotes: short or full; default: full, in table.tex short.")
     ] = None,
-    clips: Annotated[int, typer.Option("--clips", min=1, help="Clips of each fingerprint on the page.")] = 12,
+    clips: Annotated[
+        int | None, typer.Option("--clips", min=1, help="Clips of each fingerprint on the page; default: 12.")
+    ] = None,
     clips_by: Annotated[
         str | None,
         typer.Option("--clips-by", help="A metric: show its worst and best clips. Default: evenly over the manifest."),
@@ -225,7 +227,9 @@ def report(
     For folders of ablation suites, their table and curves are written again, in place.
     """
     suites = [path for path in runs if (path / "suite.json").is_file()]
+    of_tables = {"--published": published, "--notes": notes, "--clips": clips, "--clips-by": clips_by}
     if suites:
+        _refuse(of_tables | {"--metrics": metrics, "--compare": compare or None}, "folders of suites")
         if len(suites) < len(runs):
             raise UserError("a report cannot mix suites and runs; give only the folders of suites")
         from dcbench.analysis.ablation import rebuild
@@ -234,6 +238,7 @@ def report(
             print(f"{rebuild(path)}\nreport: {path}\n")
         return
     if compare:
+        _refuse(of_tables, "--compare")
         if len(runs) != 2:
             raise UserError(f"--compare takes two runs; {len(runs)} were given")
         from dcbench.analysis.compare import compare_runs, to_json, to_markdown
@@ -248,7 +253,13 @@ def report(
         return
     from dcbench.reports import Choices
 
-    _report(runs, out, Choices(names(metrics) or (), published, notes, clips, clips_by))
+    _report(runs, out, Choices(names(metrics) or (), published, notes, clips or Choices.clips, clips_by))
+
+
+def _refuse(options: Mapping[str, Any], what: str) -> None:
+    """Raise UserError for options that would change nothing."""
+    if given := [name for name, value in options.items() if value is not None]:
+        raise UserError(f"{', '.join(given)} cannot be used with {what}; leave it out")
 
 
 def list_(

@@ -214,6 +214,16 @@ def test_the_command_shows_what_was_chosen(tmp_path, scored, monkeypatch):
         assert "PIC" not in text and "1.5000" not in text and "FVD" in text
 
 
+def test_options_that_would_change_nothing_are_refused(tmp_path, scored):
+    (tmp_path / "suite.json").write_text("{}")
+    for runs, options, said in (
+        ([tmp_path], ["--clips", "3", "--metrics", "fvd"], "--clips, --metrics cannot be used with folders of suites"),
+        (scored, ["--compare", "--notes", "short"], "--notes cannot be used with --compare"),
+    ):
+        done = CliRunner().invoke(app, ["report", *map(str, runs), *options])
+        assert isinstance(done.exception, UserError) and said in str(done.exception)
+
+
 def test_a_metric_that_no_clip_has_is_told(tmp_path, scored):
     with pytest.raises(UserError, match=r'no clip of these runs has a value of "motoin"\. Did you mean "motion"'):
         write_report(scored, tmp_path, Choices(clips_by="motoin"))
