@@ -9,7 +9,7 @@ from dcbench.escape import plain
 
 T = TypeVar("T")
 PLAIN_SECONDS = 15.0
-QUICK_SECONDS = 1.0  # a loop that is over sooner had nothing to do, and prints no line
+NOTHING_SECONDS = 1e-4  # for each item: a loop that is quicker had nothing to do, and prints no line
 
 
 def track(
@@ -39,13 +39,13 @@ def track(
         for count, item in enumerate(items, start=done + 1):
             yield item
             now = time.monotonic()
-            is_last = count == total and now - start >= QUICK_SECONDS
-            if is_last or now - last >= PLAIN_SECONDS:
-                seconds = (now - start) / (count - done)
+            seconds = (now - start) / (count - done)
+            is_last = count == total
+            if (is_last and seconds > NOTHING_SECONDS) or now - last >= PLAIN_SECONDS:
                 shown = f"{_of_all(count, total, done, whole)}/{whole}"
                 line = f"{_title(what, whole > total)}: {shown} ({_speed(seconds, (whole - done) / (total - done))}"
-                print(f"{line}{'' if is_last else f', {duration(seconds * (total - count))} left'})", file=sys.stderr)
-                sys.stderr.flush()
+                left = "" if is_last else f", {duration(seconds * max(total - count, 0))} left"
+                print(f"{line}{left})", file=sys.stderr, flush=True)
                 last = now
 
 

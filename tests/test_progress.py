@@ -41,7 +41,7 @@ def test_lines_tell_what_is_left(capsys, monkeypatch):
 def test_a_loop_that_had_nothing_to_do_prints_nothing(capsys, monkeypatch):
     assert lines(capsys, monkeypatch, 1e-5, 9, 9, "scoring") == []
     assert lines(capsys, monkeypatch, 60, 0, 0, "scoring") == []
-    assert lines(capsys, monkeypatch, 0.2, 9, 9, "scoring") == ["scoring: 9/9 (5.0/s)"]
+    assert lines(capsys, monkeypatch, 0.2, 2, 2, "scoring") == ["scoring: 2/2 (5.0/s)"]
 
 
 def test_one_of_several_processes_shows_the_whole_run(capsys, monkeypatch):
