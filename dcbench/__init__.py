@@ -54,11 +54,14 @@ def score(run: Path | str, metrics: Sequence[str] | None = None, data: Path | st
     return score_run(reopen(Path(run), Path(data) if data else None), Options(), metrics)
 
 
-def report(runs: Sequence[Path | str], to: Path | str) -> str:
-    """Write tables, figures and a page of these runs into the folder `to`. Returns the table as Markdown."""
-    from dcbench.reports import write_report
+def report(runs: Sequence[Path | str], to: Path | str, **choices: Any) -> str:
+    """Write tables, figures and a page of these runs into the folder `to`. Returns the table as Markdown.
 
-    return write_report([Path(run) for run in runs], Path(to))
+    `choices`: what is shown, by the names of `dcbench.reports.Choices`, such as metrics=["fvd"], clips=40.
+    """
+    from dcbench.reports import Choices, write_report
+
+    return write_report([Path(run) for run in runs], Path(to), Choices(**choices))
 
 
 def __getattr__(name: str) -> Any:

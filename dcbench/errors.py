@@ -1,16 +1,12 @@
 """Errors for the user: what was given, what is allowed, what to do. No traceback is shown for them."""
 
 import difflib
-import re
 from collections.abc import Iterable
-
-CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # without tab and line feed; terminals obey them
 
 
 def as_text(text: str) -> str:
-    """Text for a terminal or a file: bytes that are not UTF-8, and control characters, become escapes such as \\udce9."""
-    known = text.encode("utf-8", "backslashreplace").decode()
-    return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), known)
+    """Text that UTF-8 can hold: a byte of a file name that is not UTF-8 becomes an escape such as \\udce9."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 class UserError(ValueError):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+CPUINFO = Path("/proc/cpuinfo")  # of Linux
 RECORDED_VERSIONS = (
     "torch", "torchvision", "torchmetrics", "numpy", "av", "decord", "open_clip_torch", "dreamsim", "diffusers",
     "transformers",
@@ -39,8 +40,22 @@ def namesake() -> str:
 
 def hardware(device: str) -> str:
     """The GPU's name, or the processor's."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else processor()
+
+
+def processor() -> str:
+    """The processor's name, such as "AMD EPYC 7763 64-Core Processor". Where the system has none, its architecture."""
+    with contextlib.suppress(OSError):
+        for line in CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name" and value.strip():
+                return " ".join(value.split())
+    if sys.platform == "darwin":
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            name = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+            if name:
+                return name
     return platform.processor() or platform.machine()
 
 

@@ -5,6 +5,7 @@ dates) is in `cost.json`.
 """
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ from dcbench.facts import validate
 from dcbench.files import canonical, read_json, read_jsonl, write_text
 
 SCHEMA_VERSION = 1
+UNSAFE = re.compile(r'[/\\:*?"<>|\x00-\x1f\x7f-\x9f]')  # in a file name, or on a terminal
 
 
 class Stored(BaseModel):
@@ -180,12 +182,7 @@ def with_apart(cases: Sequence[Case]) -> list[Case]:
 
 def check_clip_id(clip_id: str) -> str:
     """Return the id if it is safe as a file name. Otherwise raise UserError."""
-    if (
-        not clip_id
-        or clip_id.startswith(".")
-        or any(char in clip_id for char in '/\\\0:*?"<>|\n\r')
-        or len(clip_id) > 180
-    ):
+    if not clip_id or clip_id.startswith(".") or UNSAFE.search(clip_id) or len(clip_id) > 180:
         raise UserError(f"clip id {clip_id!r} cannot be a file name: use letters, digits, '_', '-', '.' (180 at most)")
     return clip_id
 

@@ -85,7 +85,7 @@ def test_validation_says_what_was_given():
         validate({"name": "../x", "title": "X", "summary": "s"}, DatasetCard, "f")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], *(["list", kind] for kind in ("models", "metrics", "protocols"))])
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["list"], ["list", "protocols"]])
 def test_help_and_list_import_no_torch(arguments):
     code = f"""
 import sys

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dcbench"
 
 LEVELS = {
-    "errors": 0, "version": 0, "facts": 1, "files": 1, "shapes": 4,
+    "errors": 0, "version": 0, "escape": 0, "facts": 1, "files": 1, "shapes": 4,
     "catalogue": 2, "record": 2, "progress": 1, "seeding": 1,
     "clips": 3, "weights": 3, "machine": 3, "protocol": 3, "pictures": 3,
     "video_files": 3, "video_worker": 3, "video_processes": 3, "video": 4,

@@ -140,9 +140,10 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "made", tmp_path / "real"
 
 
-def test_two_folders_without_a_killed_decoder_s_clip_are_not_scored(
-    folders: tuple[Path, Path], worker, tmp_path, cheap_metric
-):
+Pair = tuple[Path, Path]
+
+
+def test_two_folders_without_a_killed_decoder_s_clip_are_not_scored(folders: Pair, worker, tmp_path, cheap_metric):
     """The same command mends it, and the record is that of a run in which nothing happened."""
     worker(f"for name in worker.READERS: worker.READERS[name] = lambda *given: {KILLED}")
     out = tmp_path / "run"
@@ -155,18 +156,14 @@ def test_two_folders_without_a_killed_decoder_s_clip_are_not_scored(
     assert (record["n_planned"], record["n_scored"], record["failures"]) == (3, 3, [])
 
 
-def test_a_plan_is_not_made_without_a_killed_decoder_s_video(
-    folders: tuple[Path, Path], worker, tmp_path, cheap_metric
-):
+def test_a_plan_is_not_made_without_a_killed_decoder_s_video(folders: Pair, worker, tmp_path, cheap_metric):
     worker(f"worker.examine = lambda *given: {KILLED}")
     with pytest.raises(UserError, match=r"a\.mp4: .*killed.* may pass, so nothing was planned: give the same command"):
         score_folders(*folders, "folders", QUIET, [cheap_metric], tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_sampling_makes_the_other_clips_and_says_what_is_lost(
-    folders: tuple[Path, Path], worker, tmp_path, cheap_metric
-):
+def test_sampling_makes_the_other_clips_and_says_what_is_lost(folders: Pair, worker, tmp_path, cheap_metric):
     data = find_dataset("folder")
     protocol: Protocol = find_protocol("folders")
     job = planning.plan(find_model("still"), data, protocol, folders[1], tmp_path / "run", quiet=True)
@@ -185,7 +182,7 @@ def test_sampling_makes_the_other_clips_and_says_what_is_lost(
     assert (result.n_planned, result.n_scored) == (3, 3)
 
 
-def test_verify_does_not_call_a_file_broken_whose_decoder_was_killed(folders: tuple[Path, Path], worker):
+def test_verify_does_not_call_a_file_broken_whose_decoder_was_killed(folders: Pair, worker):
     worker(f"worker.examine = lambda *given: {KILLED}")
     found = verify(Folder(folders[0]), "all", folders[0], quiet=True)
     assert not found.ok and not found.broken and not found.unusable

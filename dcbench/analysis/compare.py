@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dcbench.errors import UserError
+from dcbench.escape import markdown
 from dcbench.metrics.base import Metric
 from dcbench.metrics.cache import FeatureCache
 from dcbench.metrics.statistics import Comparison, compare_paired, compare_scores, holm
 from dcbench.record import Record, Score, read_manifest, read_per_clip, read_record
-from dcbench.reports.tables import show_value
+from dcbench.reports.tables import chosen_metrics, show_value
 from dcbench.runs import planning
 from dcbench.runs.run import Options
 from dcbench.runs.scoring import choose_metrics, metric_of, observe_all, score_name
@@ -31,11 +32,11 @@ class Compared:
 
 
 def compare_runs(first: Path, second: Path, options: Options, metrics: Sequence[str] = ()) -> Compared:
-    """Compare two runs by every metric of either. UserError if their clips differ or they have no metric in common.
+    """Compare two runs by the metrics of either. UserError if their clips differ or they have no metric in common.
 
     Set metrics are compared from the records, if both runs lost the same clips. Otherwise the features come from the
-    cache, or are extracted again. No clip is generated. `metrics`: your own cards that the runs were scored with, if
-    this machine does not know them.
+    cache, or are extracted again. No clip is generated. `metrics`: only these (names, patterns, or your own cards,
+    which are needed if this machine does not know them).
     """
     paths = (first, second)
     records = [read_record(path) for path in paths]
@@ -43,9 +44,10 @@ def compare_runs(first: Path, second: Path, options: Options, metrics: Sequence[
     rows = [read_per_clip(path) for path in paths]
     groups = {case.id: case.group or case.id for case in read_manifest(first / "manifest.jsonl")}
     failed = {failure.id for record in records for failure in record.failures}
-    given = {score_name(card): card for card in choose_metrics(metrics)} if metrics else {}
+    own = [name for name in metrics if name.endswith(".toml")]
+    given = {score_name(card): card for card in choose_metrics(own)} if own else {}
     compared, sets = Compared(), dict[str, Metric]()
-    for name in dict.fromkeys([*records[0].scores, *records[1].scores]):
+    for name in chosen_metrics(metrics, [*records[0].scores, *records[1].scores]):
         scores = [record.scores.get(name) for record in records]
         if all(score is None or score.value is None for score in scores):
             continue
@@ -126,7 +128,7 @@ def to_markdown(compared: Compared, names: Sequence[str]) -> str:
     """A Markdown table of A minus B. It names the better model if the adjusted p value is below 5 %."""
     adjusted = compared.adjusted
     lines = [
-        f"{names[0]} minus {names[1]}, same clips\n",
+        f"{markdown(names[0])} minus {markdown(names[1])}, same clips\n",
         "| metric | difference | 95 % interval | p | p (Holm) | better | detectable | N | how |",
         "|:--|--:|:--|--:|--:|:--|--:|--:|:--|",
     ]
@@ -137,10 +139,10 @@ def to_markdown(compared: Compared, names: Sequence[str]) -> str:
         how = one.method + (f"; as printed: {show_value(one.plain)}" if one.plain is not None else "")
         least = show_value(one.detectable) if one.detectable is not None else "–"
         lines.append(
-            f"| {name} | {show_value(one.difference)} | {interval} | {one.p_value:.4f} | {adjusted[name]:.4f} | "
-            f"{better} | {least} | {size} | {how} |"
+            f"| {markdown(name)} | {show_value(one.difference)} | {interval} | {one.p_value:.4f} | "
+            f"{adjusted[name]:.4f} | {markdown(better)} | {least} | {size} | {markdown(how)} |"
         )
-    lines += [f"\nNot compared: {name}: {reason}" for name, reason in compared.reasons.items()]
+    lines += [f"\nNot compared: {markdown(name)}: {markdown(reason)}" for name, reason in compared.reasons.items()]
     lines.append("\ndetectable: a true difference of this size is found at p < 0.05 in 80 % of such comparisons.")
     return "\n".join(lines) + "\n"
 

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from matplotlib.figure import Figure
+from scipy.optimize import linear_sum_assignment
 
 from dcbench.analysis.suite import Arm, Suite
 from dcbench.errors import UserError
+from dcbench.escape import csv_cell, markdown, plain
 from dcbench.files import atomic_write
 from dcbench.models.dynamicrafter.image_scale import layer_group
 
@@ -58,32 +61,59 @@ def profile(model: Any) -> Profile:
     return Profile(model.card.name, stages, values)
 
 
+def depths(shown: Profile) -> list[float]:
+    """How deep each layer lies in the U-Net: 0 for the first input layer, 0.5 for the middle, 1 for the last output.
+
+    A tiny network has fewer layers than the paper's, so a layer is compared with that of the same depth.
+    """
+    middle, last = shown.stages.index("middle"), len(shown.stages) - 1
+    return [
+        0.5 * layer / max(middle, 1) if layer <= middle else 0.5 + 0.5 * (layer - middle) / (last - middle)
+        for layer in range(last + 1)
+    ]
+
+
 def table(profiles: list[Profile]) -> str:
-    """A Markdown table: a row per layer, two columns per profile. The cells after a profile's last layer are empty."""
-    lines = ["| layer | " + " | ".join(f"stage | λ, {profile.name}" for profile in profiles) + " |"]
-    lines.append("|" + "---|" * (1 + 2 * len(profiles)))
-    for layer in range(max(len(profile.values) for profile in profiles)):
-        cells = []
-        for profile in profiles:
-            there = layer < len(profile.values)
-            cells += [profile.stages[layer], f"{profile.values[layer]:.3f}"] if there else ["", ""]
-        lines.append(f"| {layer + 1} | " + " | ".join(cells) + " |")
+    """A Markdown table: three columns per profile, a row per layer of the deepest profile.
+
+    The layers of a shallower one stand in the rows that are closest in depth, with their own numbers.
+    """
+    deepest = max(profiles, key=lambda shown: len(shown.values))
+    rows: list[list[str]] = [[] for _ in deepest.values]
+    for shown in profiles:
+        places = _rows(depths(shown), depths(deepest))
+        for row, line in enumerate(rows):
+            layer = places.index(row) if row in places else None
+            cells = ("", "", "") if layer is None else (layer + 1, shown.stages[layer], f"{shown.values[layer]:.3f}")
+            line += map(str, cells)
+    head = " | ".join(f"layer | stage | λ, {markdown(shown.name)}" for shown in profiles)
+    lines = [f"| depth | {head} |", "|" + "---|" * (1 + 3 * len(profiles))]
+    lines += [f"| {d:.2f} | " + " | ".join(line) + " |" for d, line in zip(depths(deepest), rows, strict=True)]
     return "\n".join(lines) + "\n"
+
+
+def _rows(own: list[float], places: list[float]) -> list[int]:
+    """A place for each layer, in their order, each as close in depth as can be: the least sum of squared distances."""
+    costs = np.subtract.outer(own, places) ** 2
+    _, chosen = linear_sum_assignment(costs)  # of points on a line, the best assignment keeps their order
+    return [int(row) for row in chosen]
 
 
 def draw(profiles: list[Profile], path: Path) -> None:
     """Draw bars into `path`, one plot per profile. The dashed line is λ = 1, the value before training."""
+    deepest = max(profiles, key=lambda shown: len(shown.values))
     figure = Figure(figsize=(6, 2.1 * len(profiles)), dpi=150, layout="constrained")
     axes = figure.subplots(len(profiles), squeeze=False)[:, 0]
     colours = {"input": "#4c78a8", "middle": "#e45756", "output": "#54a24b"}
     for axis, shown in zip(axes, profiles, strict=True):
-        layers = range(1, len(shown.values) + 1)
-        axis.bar(layers, shown.values, color=[colours[stage] for stage in shown.stages])
+        places = depths(shown)
+        axis.bar(places, shown.values, 0.8 / len(deepest.values), color=[colours[stage] for stage in shown.stages])
         axis.axhline(1, lw=0.8, ls="--", color="0.4")
-        axis.set_xticks(list(layers))
+        axis.set_xlim(-0.05, 1.05)
+        axis.set_xticks(places, [str(layer) for layer in range(1, len(places) + 1)])
         axis.set_ylabel("λ")
-        axis.set_title(shown.name, fontsize=8, loc="left")
-    axes[-1].set_xlabel("layer (blue: input, red: middle, green: output)")
+        axis.set_title(plain(shown.name).replace("$", r"\$"), fontsize=8, loc="left")
+    axes[-1].set_xlabel("layer, by its depth in the U-Net (blue: input, red: middle, green: output)")
     figure.savefig(path)
 
 
@@ -93,10 +123,10 @@ def write_profile(model: Any, out: Path) -> str:
     out.mkdir(parents=True, exist_ok=True)
     text = table(profiles)
     with atomic_write(out / "profile.md") as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
     rows = zip(profiles[0].stages, profiles[0].values, strict=True)
     with atomic_write(out / "profile.csv") as temporary:
-        lines = [f"{layer},{stage},{value:.6f}" for layer, (stage, value) in enumerate(rows, 1)]
+        lines = [f"{layer},{csv_cell(stage)},{value:.6f}" for layer, (stage, value) in enumerate(rows, 1)]
         temporary.write_text("\n".join(["layer,stage,lambda", *lines]) + "\n")
     draw(profiles, out / "profile.png")
     return text

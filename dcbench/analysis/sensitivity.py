@@ -18,6 +18,7 @@ from dcbench import video
 from dcbench.catalogue import find_metric
 from dcbench.clips import resize
 from dcbench.errors import UserError, near_match
+from dcbench.escape import markdown
 from dcbench.metrics import functional as fn
 from dcbench.metrics.base import FeatureExtractor, SetDistance
 from dcbench.metrics.cache import FeatureCache
@@ -265,12 +266,12 @@ class Sensitivity:
             f"{self.base_kvd:.2f} {_range(self.base_kvd_ci95)} | |",
         ]
         for row in sorted(self.rows, key=lambda row: -abs(row.fvd - row.base_fvd)):
-            what = f"{row.what} (a mistake)" if row.is_mistake else row.what
+            what = markdown(f"{row.what} (a mistake)" if row.is_mistake else row.what)
             lines.append(
                 f"| {what} | {row.n} | {row.fvd:.1f} | {_change(row.fvd, row.base_fvd)} | {row.kvd:.2f} | "
                 f"{row.kvd - row.base_kvd:+.2f} |"
             )
-        notes = [f"\nnot possible here: {reason}" for reason in self.skipped]
+        notes = [f"\nnot possible here: {markdown(reason)}" for reason in self.skipped]
         return "\n".join(lines + notes) + "\n"
 
 

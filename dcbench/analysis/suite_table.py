@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dcbench.analysis.suite import Arm, Suite
+from dcbench.escape import csv_cell, markdown
 from dcbench.files import write_text
 from dcbench.metrics.statistics import (
     Estimate,
@@ -136,19 +137,21 @@ def write_table(suite: Suite, rows: Sequence[ArmScores], out: Path, seeds: Seque
     body = []
     for row in rows:
         cells = [show(row.summary(name)) for name in metrics]
-        body.append([row.arm.name, row.arm.meaning, *cells, *(f"{row.arm.published.get(n, '')}" for n in paper)])
-    text = [f"# {suite.title}", "", suite.note, ""]
+        theirs = (f"{row.arm.published.get(name, '')}" for name in paper)
+        body.append([markdown(row.arm.name), markdown(row.arm.meaning), *cells, *theirs])
+    text = [f"# {markdown(suite.title)}", "", markdown(suite.note), ""]
     found = [summary for row in rows for name in metrics if (summary := row.summary(name)) and summary.ci95]
     methods = dict.fromkeys(summary.method for summary in found)
-    many = f"means over seeds; 95 % intervals {', '.join(methods)}" if len(seeds) > 1 else "95 % intervals"
+    how = markdown(", ".join(methods))
+    many = f"means over seeds; 95 % intervals {how}" if len(seeds) > 1 else "95 % intervals"
     text += [f"{rows[0].clips if rows else 0} clips an arm, seeds {', '.join(map(str, seeds))}; {many}.", ""]
-    text += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    text += ["| " + " | ".join(map(markdown, head)) + " |", "|" + "---|" * len(head)]
     text += ["| " + " | ".join(cells) + " |" for cells in body]
     text += _gap_table(suite, rows)
     reasons = {name: reason for row in rows for name, reason in row.reasons.items()}
-    text += [f"\nNot computed: {name}: {reason}" for name, reason in reasons.items()]
-    markdown = "\n".join(text) + "\n"
-    write_text(out / "table.md", markdown)
+    text += [f"\nNot computed: {markdown(name)}: {markdown(why.splitlines()[0])}" for name, why in reasons.items()]
+    whole = "\n".join(text) + "\n"
+    write_text(out / "table.md", whole)
     sheet = io.StringIO()
     writer = csv.writer(sheet)
     writer.writerow(["arm", "group", "x", "metric", "seed", "value", "low", "high"])
@@ -157,10 +160,11 @@ def write_table(suite: Suite, rows: Sequence[ArmScores], out: Path, seeds: Seque
         for name, found in (row.scores | gaps).items():
             for seed, point in zip(seeds, found, strict=False):
                 ends = point.interval or ("", "")
-                writer.writerow([row.arm.name, row.arm.group, row.arm.x, name, seed, point.value, *ends])
+                line = [row.arm.name, row.arm.group, row.arm.x, name, seed, point.value, *ends]
+                writer.writerow(map(csv_cell, line))
     write_text(out / "table.csv", sheet.getvalue())
     draw_curves(suite, rows, metrics, out)
-    return markdown
+    return whole
 
 
 def _gap_table(suite: Suite, rows: Sequence[ArmScores]) -> list[str]:
@@ -173,17 +177,17 @@ def _gap_table(suite: Suite, rows: Sequence[ArmScores]) -> list[str]:
     if metrics:
         text += [
             "",
-            f"Difference from *{suite.baseline_arm}* on the same clips. Bold: p < 0.05 after Holm's correction for the"
-            f" {len(tested)} differences of this table.",
+            f"Difference from *{markdown(suite.baseline_arm)}* on the same clips. "
+            f"Bold: p < 0.05 after Holm's correction for the {len(tested)} differences of this table.",
             "",
-            "| arm | " + " | ".join(metrics) + " |",
+            "| arm | " + " | ".join(map(markdown, metrics)) + " |",
             "|" + "---|" * (len(metrics) + 1),
         ]
     for row in rows:
         if row.gaps:
             cells = [_bold(gaps.get((row.arm.name, name)), adjusted.get(str((row.arm.name, name)))) for name in metrics]
-            text.append(f"| {row.arm.name} | " + " | ".join(cells) + " |")
-    return text + [f"\nNot compared: {row.arm.name}: {row.no_gap}" for row in rows if row.no_gap]
+            text.append(f"| {markdown(row.arm.name)} | " + " | ".join(cells) + " |")
+    return text + [f"\nNot compared: {markdown(row.arm.name)}: {markdown(row.no_gap)}" for row in rows if row.no_gap]
 
 
 def _bold(gap: Estimate | None, adjusted: float | None) -> str:

@@ -7,20 +7,39 @@ import signal
 import sys
 import time
 import traceback
+from typing import Annotated
 
 import typer
 
 from dcbench.cli import evaluate, model, probe, tools, weights
 from dcbench.errors import SharedError, UserError, first_line
+from dcbench.escape import screen
+from dcbench.version import __version__
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Reproducible, explainable evaluation of image-to-video models. Start with: "
     "dcbench run --model dynamicrafter-tiny --dataset shapes",
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"dcbench {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
 
 app.command()(evaluate.run)
 app.command()(evaluate.sample)
@@ -77,7 +96,7 @@ def main() -> None:
             traceback.print_exc()
         if message := explain(error):
             brief = message if len(message) < 6000 else f"{message[:3000]} [...] {message[-1000:]}"
-            print(f"dcbench: {brief}", file=sys.stderr)
+            print(f"dcbench: {screen(brief)}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, UserError) else 1) from None
     finally:
         for number, handler in before.items():

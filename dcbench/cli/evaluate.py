@@ -1,6 +1,7 @@
 """The commands run, sample, score, report and list."""
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,8 +30,10 @@ from dcbench.cli.options import (
     run_options,
 )
 from dcbench.errors import UserError
+from dcbench.escape import plain
 
 if TYPE_CHECKING:
+    from dcbench.reports import Choices
     from dcbench.runs.grid import Cell
     from dcbench.runs.run import Options, Run
 
@@ -185,22 +188,23 @@ def _print_plan(run: "Run") -> None:
     lost = [entry for entry in run.plan.excluded if entry.rule == "unreadable"]
     short = len(run.plan.excluded) - len(lost)
     first = run.cases[0]
-    print(f"model        {run.name}: {run.plan.model['title']}")
+    print(f"model        {run.name}: {plain(run.plan.model['title'])}")
     print(f"dataset      {run.plan.dataset['name']}, split {run.protocol.split}")
     print(f"protocol     {run.protocol.name} version {run.protocol.version}, fingerprint {run.plan.fingerprint}")
     print(f"clips        {len(run.cases)} of {run.protocol.num_frames} frames at stride {run.protocol.frame_stride}")
     if run.protocol.compared:
         print(f"compared     {run.protocol.compared}")
     print(f"left out     {short} too short, {len(lost)} unreadable")
-    print(f"first clip   {first.id}: frames {first.frames[0]}-{first.frames[-1]} of {first.video}, '{first.prompt}'")
+    where = plain(f"{first.id}: frames {first.frames[0]}-{first.frames[-1]} of {first.video}, '{first.prompt}'")
+    print(f"first clip   {where}")
     print(f"would go to  {run.directory.path}")
 
 
-def _report(runs: list[Path], to: Path) -> None:
+def _report(runs: list[Path], to: Path, choices: "Choices | None" = None) -> None:
     """Write the report. Print its table and the paths of report and record."""
     from dcbench.reports import write_report
 
-    text = write_report(runs, to)
+    text = write_report(runs, to, choices)
     print(text)
     print(f"report: {to}   record: {runs[0] / 'record.json'}")
 
@@ -210,7 +214,24 @@ def report(
     out: Annotated[Path, typer.Option("--out", help="Folder for tables and figures.")] = Path("reports/latest"),
     compare: Annotated[bool, typer.Option("--compare", help="Test two runs of one manifest, clip by clip.")] = False,
     metrics: Annotated[
-        str | None, typer.Option("--metrics", help="With --compare: your own metric cards that scored the runs.")
+        str | None,
+        typer.Option("--metrics", help="Only these metrics: names, patterns such as judge_*, or your own card.toml."),
+    ] = None,
+    published: Annotated[
+        str | None,
+        typer.Option(
+            "--published", help="none, same-protocol or all; default: all, in table.tex those of the same protocol."
+        ),
+    ] = None,
+    notes: Annotated[
+        str | None, typer.Option("--notes", help="Footnotes: short or full; default: full, in table.tex short.")
+    ] = None,
+    clips: Annotated[
+        int | None, typer.Option("--clips", min=1, help="Clips of each fingerprint on the page; default: 12.")
+    ] = None,
+    clips_by: Annotated[
+        str | None,
+        typer.Option("--clips-by", help="A metric: show its worst and best clips. Default: evenly over the manifest."),
     ] = None,
 ) -> None:
     """Merge runs into one table (Markdown, LaTeX, CSV, HTML) with the published numbers.
@@ -218,7 +239,9 @@ def report(
     For folders of ablation suites, their table and curves are written again, in place.
     """
     suites = [path for path in runs if (path / "suite.json").is_file()]
+    of_tables = {"--published": published, "--notes": notes, "--clips": clips, "--clips-by": clips_by}
     if suites:
+        _refuse(of_tables | {"--metrics": metrics, "--compare": compare or None}, "folders of suites")
         if len(suites) < len(runs):
             raise UserError("a report cannot mix suites and runs; give only the folders of suites")
         from dcbench.analysis.ablation import rebuild
@@ -227,6 +250,7 @@ def report(
             print(f"{rebuild(path)}\nreport: {path}\n")
         return
     if compare:
+        _refuse(of_tables, "--compare")
         if len(runs) != 2:
             raise UserError(f"--compare takes two runs; {len(runs)} were given")
         from dcbench.analysis.compare import compare_runs, to_json, to_markdown
@@ -239,30 +263,51 @@ def report(
         write_text(out / "compare.json", to_json(compared))
         print(f"{text}\nreport: {out}")
         return
-    _report(runs, out)
+    from dcbench.reports import Choices
+
+    _report(runs, out, Choices(names(metrics) or (), published, notes, clips or Choices.clips, clips_by))
+
+
+def _refuse(options: Mapping[str, Any], what: str) -> None:
+    """Raise UserError for options that would change nothing."""
+    if given := [name for name, value in options.items() if value is not None]:
+        raise UserError(f"{', '.join(given)} cannot be used with {what}; leave it out")
 
 
 def list_(
-    kind: Annotated[str, typer.Argument(help="models, datasets, metrics or protocols")],
+    kind: Annotated[str | None, typer.Argument(help="models, datasets, metrics or protocols; default: all")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="All fields, for programs.")] = False,
 ) -> None:
-    """List the known models, datasets, metrics or protocols."""
+    """List the known models, datasets, metrics and protocols, with their aliases."""
     from dcbench.catalogue import cards
     from dcbench.errors import near_match
     from dcbench.protocol import protocols
 
-    kinds: dict[str, Any] = {"protocols": protocols}
-    kinds |= {name: lambda name=name: cards(name) for name in ("models", "datasets", "metrics")}
-    if kind not in kinds:
+    kinds: dict[str, Any] = {name: lambda name=name: cards(name) for name in ("models", "datasets", "metrics")}
+    kinds["protocols"] = protocols
+    if kind is not None and kind not in kinds:
         raise UserError(f'list "{kind}": expected one of {", ".join(sorted(kinds))}.{near_match(kind, kinds)}')
-    found = kinds[kind]()
+    found = {name: read() for name, read in kinds.items() if kind in (None, name)}
     if as_json:
-        print(json.dumps([card.model_dump(mode="json") for card in found.values()], indent=1, ensure_ascii=False))
+        dumped = {name: [card.model_dump(mode="json") for card in those.values()] for name, those in found.items()}
+        print(json.dumps(dumped[kind] if kind else dumped, indent=1, ensure_ascii=False))
         return
+    for name, those in found.items():
+        if kind is None:
+            print(f"{name}")
+        for line in _lines(those):
+            print(line)
+        if kind is None:
+            print()
+    if any(not getattr(card, "available", True) for those in found.values() for card in those.values()):
+        print(f"{'' if kind is None else chr(10)}- = not available yet; reports show its published numbers")
+
+
+def _lines(found: Mapping[str, Any]) -> Iterator[str]:
+    """A line a card: its mark, name, title, summary, aliases."""
     width = max(len(name) for name in found)
     for name, card in found.items():
         mark = " " if getattr(card, "available", True) else "-"
+        aliases = f" (also: {', '.join(card.aliases)})" if getattr(card, "aliases", ()) else ""
         compared = f" [{card.compared}]" if getattr(card, "compared", "") else ""
-        print(f"{mark} {name:<{width}}  {card.title}: {' '.join(card.summary.split())}{compared}")
-    if any(not getattr(card, "available", True) for card in found.values()):
-        print("\n- = not available yet; reports show its published numbers")
+        yield plain(f"{mark} {name:<{width}}  {card.title}: {' '.join(card.summary.split())}{aliases}{compared}")

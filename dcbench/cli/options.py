@@ -1,6 +1,7 @@
 """The options that several commands share, and how they are read."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,16 +12,41 @@ from dcbench.errors import UserError
 if TYPE_CHECKING:
     from dcbench.runs.sampling import Options
 
+
+def completes(kind: str) -> Callable[[str], list[str]]:
+    """For the shell's completion: the names of this kind that begin as the word does. Other words are files."""
+
+    def begin(incomplete: str) -> list[str]:
+        from dcbench.catalogue import cards
+        from dcbench.protocol import protocols
+
+        return [name for name in (protocols() if kind == "protocols" else cards(kind)) if name.startswith(incomplete)]
+
+    return begin
+
+
 MODEL_HELP = "A name, alias, card.toml, file.py:Class or folder of clips."
-Model = Annotated[str, typer.Option("--model", help=MODEL_HELP)]
-DatasetName = Annotated[str, typer.Option("--dataset", help="A name, alias or card.toml.")]
-Models = Annotated[list[str], typer.Option("--model", help=f"{MODEL_HELP} Repeat it for a grid.")]
-Datasets = Annotated[list[str], typer.Option("--dataset", help="A name, alias or card.toml. Repeat it for a grid.")]
+DATASET_HELP = "A name, alias or card.toml."
+Model = Annotated[str, typer.Option("--model", help=MODEL_HELP, autocompletion=completes("models"))]
+DatasetName = Annotated[str, typer.Option("--dataset", help=DATASET_HELP, autocompletion=completes("datasets"))]
+Models = Annotated[
+    list[str],
+    typer.Option("--model", help=f"{MODEL_HELP} Repeat it for a grid.", autocompletion=completes("models")),
+]
+Datasets = Annotated[
+    list[str],
+    typer.Option("--dataset", help=f"{DATASET_HELP} Repeat it for a grid.", autocompletion=completes("datasets")),
+]
 Roots = Annotated[
     list[str] | None, typer.Option("--data", help="Folder of the dataset's files; in a grid NAME=DIR for each dataset.")
 ]
 ProtocolName = Annotated[
-    str | None, typer.Option("--protocol", help="A name or protocol.toml; default: the dataset's own.")
+    str | None,
+    typer.Option(
+        "--protocol",
+        help="A name or protocol.toml; default: the dataset's own.",
+        autocompletion=completes("protocols"),
+    ),
 ]
 Data = Annotated[Path | None, typer.Option("--data", help="Folder of the dataset's files.")]
 Out = Annotated[Path | None, typer.Option("--out", help="The run directory; default: runs/<names>-<hash>.")]

@@ -1,5 +1,6 @@
 """The commands data, cache and doctor."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -7,6 +8,7 @@ import typer
 
 from dcbench.cli.options import Data, Limit, ProtocolName, Seed
 from dcbench.errors import UserError
+from dcbench.escape import screen
 
 data = typer.Typer(no_args_is_help=True, help="Make or verify a dataset's files.")
 cache = typer.Typer(no_args_is_help=True, help="List or empty the feature cache.")
@@ -70,7 +72,7 @@ def data_verify(
     results = [verify(source, name, root, min_frames, workers) for name in chosen]
     if unusable:
         write_text(unusable, "".join(f"{path}\n" for result in results for path in result.unusable))
-    print("\n\n".join(result.text() for result in results))
+    print(screen("\n\n".join(result.text() for result in results)))
     if not all(result.ok for result in results):
         raise typer.Exit(1)
 
@@ -176,6 +178,7 @@ def doctor_overview(context: typer.Context) -> None:
     print(f"baselines: {'diffusers is here' if diffusers else INSTALL}")
     for kind, found in (("metrics", cards("metrics")), ("datasets", cards("datasets"))):
         print(f"\n{kind}")
+        missing: dict[str, list[str]] = {}  # what is missing -> the cards that need it
         for card in found.values():
             try:
                 if isinstance(card, MetricCard):
@@ -184,5 +187,16 @@ def doctor_overview(context: typer.Context) -> None:
                     find_root(card, None)
                 print(f"  ready    {card.name}")
             except UserError as error:
-                print(f"  missing  {card.name}: " + str(error).replace("\n", "\n           "))
+                missing.setdefault(str(error), []).append(card.name)
+        for text, needed in missing.items():
+            print(f"  missing  {', '.join(needed)}: {_advice(text, needed[0])}")
     print("\nmodels and their weights: dcbench weights list")
+
+
+def _advice(text: str, name: str) -> str:
+    """What is missing and how to get it: with the name to fetch, and no size where none is known."""
+    lines = screen(text.replace("fetch NAME", f"fetch {name}")).split("\n")
+    known = [re.sub(r"(?<=[(: ])unknown size, ", "", line) for line in lines]
+    file = known[0].partition(" is missing")[0]
+    shown = [re.sub(rf"^(\s*){re.escape(file)}: .*?, from ", r"\1from ", line) for line in known]  # said in line 1
+    return "\n           ".join(shown)

@@ -1,39 +1,54 @@
 """Reports: tables, figures and a page of clips, made only from the records and clips of runs."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from dcbench.errors import UserError
 from dcbench.files import write_text
 from dcbench.reports.figures import Curve, cost_plot, curves, frame_grid
-from dcbench.reports.page import ClipSource, group_runs, spread, write_page
-from dcbench.reports.tables import (
-    Result,
-    costs,
-    costs_to_markdown,
-    layout,
-    load_results,
-    name_runs,
-    numbers,
-    to_csv,
-    to_latex,
-    to_markdown,
-)
+from dcbench.reports.notations import costs_to_markdown, to_csv, to_latex, to_markdown
+from dcbench.reports.page import ClipSource, check_metric, group_runs, spread, write_page
+from dcbench.reports.tables import Result, choose, costs, layout, load_results, name_runs, numbers
 
 GRIDS = 2  # clips drawn as frames, per fingerprint
 
 
-def write_report(runs: Sequence[Path], to: Path) -> str:
+@dataclass(frozen=True)
+class Choices:
+    """What a report shows. Where a choice is None, table.md and the page show all, and table.tex what a paper needs.
+
+    table.csv always has every number.
+    """
+
+    metrics: Sequence[str] = ()  # names or patterns; none: all
+    published: str | None = None  # "none", "same-protocol" or "all"
+    notes: str | None = None  # "short" or "full"
+    clips: int = 12  # of each fingerprint
+    clips_by: str | None = None  # a metric: its worst and best clips; None: evenly over the manifest
+
+    def __post_init__(self) -> None:
+        if self.notes not in (None, "short", "full"):
+            raise UserError(f'--notes "{self.notes}": expected short or full')
+
+
+def write_report(runs: Sequence[Path], to: Path, choices: Choices | None = None) -> str:
     """Write table.md, table.tex, table.csv, figures and index.html to a folder. Returns the table as Markdown."""
+    choices = choices or Choices()
     loaded = load_results(runs)
     found = numbers(loaded)
-    table = layout(loaded, found)
+    shown = choose(loaded, found, choices.metrics, choices.published or "all")
+    if choices.clips_by:
+        check_metric(choices.clips_by, loaded)
+    in_paper = choose(loaded, found, choices.metrics, choices.published or "same-protocol")
+    table = layout(loaded, shown, choices.notes != "short")
     text = to_markdown(table)
     taken = costs(loaded)
     write_text(to / "table.md", text + (f"\n{costs_to_markdown(taken)}" if taken else ""))
-    write_text(to / "table.tex", to_latex(table))
+    write_text(to / "table.tex", to_latex(layout(loaded, in_paper, choices.notes == "full")))
     write_text(to / "table.csv", to_csv(found))
     figures = [*write_frames(loaded, name_runs(loaded), to, "frames"), *_cost_plots(loaded, to)]
-    write_page(loaded, table, taken, [*figures, *_extrapolations(loaded, to)], to)
+    write_page(loaded, table, taken, [*figures, *_extrapolations(loaded, to)], to, choices.clips, choices.clips_by)
     return text
 
 

@@ -13,6 +13,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor
 
 from dcbench.clips import check_clip
+from dcbench.escape import plain
 from dcbench.files import atomic_write
 
 # Okabe and Ito's colours: distinct for colour-blind readers and in print.
@@ -125,7 +126,7 @@ def curves(
 
 def _text(text: str, width: int = 200) -> str:
     """Wrap to at most three lines of `width` letters, and escape $, which starts a formula in matplotlib."""
-    lines = textwrap.wrap(text, width, break_long_words=True, max_lines=3, placeholder=" …")
+    lines = textwrap.wrap(plain(text), width, break_long_words=True, max_lines=3, placeholder=" …")
     return "\n".join(lines).replace("$", r"\$")
 
 

@@ -3,7 +3,8 @@
 Model names, captions and file names are untrusted: jinja2 escapes all of them, and media files are numbered.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import Tensor
 
-from dcbench.errors import UserError
+from dcbench.errors import UserError, near_match
+from dcbench.escape import plain
 from dcbench.files import atomic_write, read_jsonl, write_text
 from dcbench.record import Case
 from dcbench.reports.tables import COST_HEADINGS, Result, Table, name_runs, show_value
@@ -29,6 +31,8 @@ class Shown:
     file: str | None  # relative to the page; None when there is no clip
     missing: str = ""
     values: str = ""  # per-clip metrics
+    width: int = 1  # of the clip, so that the page keeps its shape while clips are loaded
+    height: int = 1
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class ClipRow:
     fps: float
     frames: int
     videos: list[Shown]
+    means: dict[str, float]  # per-clip metric -> mean over the models: what the page sorts by
 
 
 @dataclass
@@ -50,8 +55,12 @@ class Section:
     title: str
     fingerprint: str
     total: int
+    chosen: str  # which clips these are
     rows: list[ClipRow] = field(default_factory=list)
-    note: str = ""
+
+    @property
+    def metrics(self) -> list[str]:
+        return sorted({name for row in self.rows for name in row.means})
 
 
 @dataclass(frozen=True)
@@ -113,10 +122,20 @@ def write_page(
     figures: Sequence[tuple[str, str]],
     to: Path,
     clips: int = 12,
+    clips_by: str | None = None,
 ) -> Path:
-    """Write index.html and media/ to the folder. Returns the page. `figures`: (file relative to the page, caption)."""
-    sections = [_section(group, number, to, clips, name_runs(runs)) for number, group in enumerate(group_runs(runs))]
-    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
+    """Write index.html and media/ to the folder. Returns the page. `figures`: (file relative to the page, caption).
+
+    `clips` of each fingerprint are shown: evenly over the manifest, or the worst and the best by the metric `clips_by`.
+    """
+    labels = name_runs(runs)
+    sections = [_section(group, n, to, clips, clips_by, labels) for n, group in enumerate(group_runs(runs))]
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=lambda value: plain(value) if type(value) is str else value,
+    )
     page = environment.get_template("report.html").render(
         title="dcbench report",
         table=table,
@@ -124,6 +143,7 @@ def write_page(
         cost_headings=COST_HEADINGS,
         figures=figures,
         sections=sections,
+        metrics=sorted({name for section in sections for name in section.metrics}),
     )
     write_text(to / "index.html", page)
     for name in ("report.css", "report.js"):
@@ -131,32 +151,65 @@ def write_page(
     return to / "index.html"
 
 
-def _section(runs: list[Result], number: int, to: Path, clips: int, labels: dict[Path, str]) -> Section:
+def check_metric(name: str, runs: Sequence[Result]) -> None:
+    """Raise UserError if no clip has a value of this metric."""
+    known = {metric for run in runs for row in _per_clip(run.path).values() for metric in row}
+    if name not in known:
+        has = f"The runs have: {', '.join(sorted(known))}" if known else "The runs have none"
+        raise UserError(f'no clip of these runs has a value of "{name}".{near_match(name, known)} {has}')
+
+
+def _section(
+    runs: list[Result], number: int, to: Path, clips: int, clips_by: str | None, labels: Mapping[Path, str]
+) -> Section:
     source = ClipSource(runs)
     values = {run.path: _per_clip(run.path) for run in runs}
-    section = Section(f"{runs[0].dataset}, {runs[0].block}", runs[0].record.plan.fingerprint, len(source.cases))
-    for index, case in enumerate(spread(source.cases, clips)):
+    means = {case.id: _means([values[run.path].get(case.id, {}) for run in runs]) for case in source.cases}
+    cases, chosen = _choose(source.cases, clips, clips_by, means, runs)
+    section = Section(f"{runs[0].dataset}, {runs[0].block}", runs[0].record.plan.fingerprint, len(source.cases), chosen)
+    for index, case in enumerate(cases):
         shown = source.read(case)
         stem = f"media/{number}-{index:03d}"
-        videos = []
-        if shown.reference is not None:
-            write_mp4(to / f"{stem}-reference.mp4", shown.reference, case.fps)
-            videos.append(Shown("reference", f"{stem}-reference.mp4"))
-        else:
-            videos.append(Shown("reference", None, shown.missing))
+        videos = [_write_clip(to, f"{stem}-reference.mp4", "reference", shown.reference, case.fps, shown.missing)]
         for column, run in enumerate(runs):
-            clip = shown.generated.get(run.path)
-            if clip is not None:
-                write_mp4(to / f"{stem}-{column}.mp4", clip, case.fps)
-            file = f"{stem}-{column}.mp4" if clip is not None else None
-            text = _value_text(values[run.path].get(case.id, {}))
-            videos.append(Shown(labels[run.path], file, shown.lost.get(run.path, ""), text))
+            clip, lost = shown.generated.get(run.path), shown.lost.get(run.path, "")
+            text = ", ".join(
+                f"{name.replace('_', ' ')} {show_value(value)}"
+                for name, value in sorted(values[run.path].get(case.id, {}).items())
+            )
+            videos.append(_write_clip(to, f"{stem}-{column}.mp4", labels[run.path], clip, case.fps, lost, text))
         image = None
         if shown.image is not None:
             image = f"{stem}-input.png"
             _write_png(to / image, shown.image)
-        section.rows.append(ClipRow(case.id, case.prompt, image, case.fps, len(case.frames), videos))
+        row = ClipRow(case.id, case.prompt, image, case.fps, len(case.frames), videos, means[case.id])
+        section.rows.append(row)
     return section
+
+
+def _write_clip(
+    to: Path, file: str, label: str, clip: Tensor | None, fps: float, missing: str, values: str = ""
+) -> Shown:
+    if clip is None:
+        return Shown(label, None, missing, values)
+    write_mp4(to / file, clip, fps)
+    return Shown(label, file, "", values, clip.shape[3], clip.shape[2])
+
+
+def _choose(
+    cases: list[Case], count: int, by: str | None, means: Mapping[str, Mapping[str, float]], runs: Sequence[Result]
+) -> tuple[list[Case], str]:
+    """The cases to show, and in words which these are. By a metric: from the worst (or lowest) to the best."""
+    scored = [case for case in cases if by is not None and by in means[case.id]]
+    if not by or not scored:
+        return spread(cases, count), "evenly over the manifest"
+    directions = [run.record.scores[by].higher_is_better for run in runs if by in run.record.scores]
+    direction = next((found for found in directions if found is not None), None)
+    scored.sort(key=lambda case: means[case.id][by], reverse=direction is False)
+    if len(scored) > count:
+        scored = [*scored[: count - count // 2], *scored[len(scored) - count // 2 :]]
+    ends = "the lowest and the highest" if direction is None else "the worst and the best"
+    return scored, f"{ends} by {by}, as a mean over the models"
 
 
 def spread(cases: Sequence[Case], count: int) -> list[Case]:
@@ -165,19 +218,23 @@ def spread(cases: Sequence[Case], count: int) -> list[Case]:
     return [cases[int(k * step)] for k in range(min(count, len(cases)))]
 
 
-def _per_clip(path: Path) -> dict[str, dict[str, Any]]:
+def _per_clip(path: Path) -> dict[str, dict[str, float]]:
+    """Clip id -> the per-clip metrics with a single value."""
     file = path / "per_clip.jsonl"
-    return {str(row.get("id")): row for row in read_jsonl(file)} if file.is_file() else {}
+    rows = {str(row.get("id")): row for row in read_jsonl(file)} if file.is_file() else {}
+    return {clip: dict(_single_values(row)) for clip, row in rows.items()}
 
 
-def _value_text(row: dict[str, Any]) -> str:
-    """The per-clip metrics with a single value, as "motion 1.68, pic 0.71"."""
-    found = {
-        name: value["value"]
-        for name, value in row.items()
-        if name != "reference" and isinstance(value, dict) and isinstance(value.get("value"), int | float)
-    }
-    return ", ".join(f"{name.replace('_', ' ')} {show_value(value)}" for name, value in sorted(found.items()))
+def _single_values(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, value in row.items():
+        single = value.get("value") if isinstance(value, dict) and name != "reference" else None
+        if isinstance(single, int | float) and math.isfinite(single):
+            yield name, float(single)
+
+
+def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    found = {name: [row[name] for row in rows if name in row] for name in sorted({n for row in rows for n in row})}
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def _write_png(path: Path, image: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Tables of records: models x datasets x metrics. Pure functions.
+"""Tables of records: models x datasets x metrics. Pure functions; `notations` writes them as Markdown, LaTeX and CSV.
 
 Two measured numbers are comparable if dataset, metric (with options and code), fingerprint, extractor and sample sizes
 are equal; two published numbers, if dataset, metric and protocol tag are equal. Bold: the best of comparable numbers,
@@ -6,21 +6,21 @@ and all that a paired test does not tell from it. A metric that was scored in tw
 """
 
 import contextlib
+import fnmatch
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
-from dcbench.catalogue import Card, MetricCard, ModelCard, cards
-from dcbench.errors import UserError
+from dcbench.catalogue import Card, MetricCard, ModelCard, cards, find_metric
+from dcbench.errors import UserError, near_match
 from dcbench.files import digest
 from dcbench.metrics.statistics import Comparison, compare_scores, holm, jackknife
 from dcbench.record import Cost, Record, Score, read_cost, read_record
+from dcbench.runs.scoring import score_name
 
 ORDER = (
     "fvd",
@@ -34,6 +34,7 @@ ORDER = (
     "motion",
     "warp_error",
 )
+PUBLISHED = ("none", "same-protocol", "all")
 LITTLE_MOTION = 0.1  # a model with a smaller share of the real clips' motion gets a footnote
 
 
@@ -42,6 +43,7 @@ class Number:
     """One measured or published number: a line of the CSV file."""
 
     block: str  # of the table: a protocol and its version, or "published, <protocol tag>"
+    protocol: str  # the protocol and its version, or the protocol tag of a published number
     model: str
     dataset: str
     metric: str
@@ -55,7 +57,7 @@ class Number:
     best: bool = False  # no comparable number is told from it, and some number is told from the best
     detectable: float | None = None  # the difference from the best that 80 % of such comparisons would find
     published: bool = False
-    fingerprint: str = ""
+    fingerprint: str = ""  # "published" for a published number: its clips are not known
     source: str = ""
     reason: str = ""  # why there is no value
     ci_method: str = ""
@@ -147,12 +149,14 @@ def numbers(runs: Sequence[Result], models: Mapping[str, Card] | None = None) ->
                 found.append(
                     Number(
                         block=f"published, {entry.protocol}",
+                        protocol=entry.protocol,
                         model=card.title,
                         dataset=entry.dataset,
                         metric=entry.metric,
                         value=entry.value,
                         higher_is_better=directions.get(entry.metric),
                         published=True,
+                        fingerprint="published",
                         source=entry.source + (" (quoted)" if entry.status == "secondary" else ""),
                         comparable=f"published/{entry.dataset}/{entry.metric}/{entry.protocol}",
                     )
@@ -192,6 +196,7 @@ def _measured(run: Result, label: str, columns: Mapping[tuple[str, str], str]) -
         known = [run.dataset, name, score.fingerprint, _way(score), score.n_reference, score.n_generated]
         number = Number(
             block=run.block,
+            protocol=run.block,
             model=label,
             dataset=run.dataset,
             metric=metric,
@@ -202,7 +207,7 @@ def _measured(run: Result, label: str, columns: Mapping[tuple[str, str], str]) -
             n_generated=score.n_generated,
             n_groups=score.n_groups,
             higher_is_better=score.higher_is_better,
-            fingerprint=score.fingerprint,
+            fingerprint=score.fingerprint or run.record.plan.fingerprint,
             reason=score.reason or "",
             ci_method=score.ci_method,
             extractor=", ".join(f"{key} {value}" for key, value in score.extractor.items() if value),
@@ -245,16 +250,13 @@ def _without_bias(score: Score) -> float:
     return score.value if score.value is not None else math.inf
 
 
-def to_csv(found: Sequence[Number]) -> str:
-    return pd.DataFrame([asdict(number) for number in found]).to_csv(index=False, lineterminator="\n")
-
-
 # --- layout -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Cell:
     text: str
+    interval: str = ""
     bold: bool = False
     notes: tuple[int, ...] = ()
 
@@ -266,6 +268,7 @@ class Table:
     columns: list[tuple[str, str]]  # (dataset, heading)
     blocks: list[tuple[str, list[tuple[Cell, list[Cell]]]]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    full_notes: bool = True  # False: only what a reader of a paper needs, no warnings and no advice
 
     def note(self, text: str) -> int:
         """Add a footnote and return its number. Equal texts share one."""
@@ -280,13 +283,53 @@ def show_value(value: float) -> str:
     return f"{value:.2f}" if size >= 10 else f"{value:.4f}" if size >= 1e-3 or size < 5e-7 else f"{value:.1e}"
 
 
-def layout(runs: Sequence[Result], found: Sequence[Number]) -> Table:
+def choose(
+    runs: Sequence[Result], found: Sequence[Number], metrics: Sequence[str] = (), published: str = "all"
+) -> list[Number]:
+    """The numbers of some metrics (as for `chosen_metrics`; default: all), and which published ones: one of PUBLISHED.
+
+    "same-protocol": those of a data set whose tag is the name of a protocol that was measured on it.
+    """
+    if published not in PUBLISHED:
+        meant = near_match(published, PUBLISHED)
+        raise UserError(f'--published "{published}": expected {", ".join(PUBLISHED)}.{meant}')
+    wanted = chosen_metrics(metrics, [number.metric for number in found])
+    measured = {(run.dataset, str(run.record.plan.protocol["name"])) for run in runs}
+    return [
+        number
+        for number in found
+        if number.metric in wanted
+        and (
+            not number.published
+            or published == "all"
+            or (published == "same-protocol" and (number.dataset, number.protocol) in measured)
+        )
+    ]
+
+
+def chosen_metrics(given: Sequence[str], known: Iterable[str]) -> list[str]:
+    """Those of the known metrics that are given: by name, pattern, or your own card.toml; all if nothing is given.
+
+    "kvd" is also "kvd(degree=2)". UserError for one that fits none.
+    """
+    known = list(dict.fromkeys(known))
+    chosen = dict.fromkeys([] if given else known)
+    for name in given:
+        wanted = score_name(find_metric(name)) if name.endswith(".toml") else name
+        found = [m for m in known if wanted in (m, m.partition("(")[0]) or ("*" in name and fnmatch.fnmatch(m, name))]
+        if not found:
+            raise UserError(f'no run was scored with "{name}".{near_match(name, known)} Known: {", ".join(known)}')
+        chosen |= dict.fromkeys(found)
+    return list(chosen)
+
+
+def layout(runs: Sequence[Result], found: Sequence[Number], full_notes: bool = True) -> Table:
     """Arrange numbers in a table: measured blocks first, then a block for each published protocol tag."""
     columns: list[tuple[str, str]] = []  # (dataset, metric); metric "" = the sample size
     for dataset in dict.fromkeys(number.dataset for number in found):
         present = {number.metric for number in found if number.dataset == dataset and number.value is not None}
         columns += [(dataset, metric) for metric in sorted(present, key=_rank)] + [(dataset, "")]
-    table = Table([(dataset, _heading(metric, found)) for dataset, metric in columns])
+    table = Table([(dataset, _heading(metric, found)) for dataset, metric in columns], full_notes=full_notes)
     labels = name_runs(runs)
     blocks: dict[str, dict[str, list[Number]]] = {}
     for number in sorted(found, key=lambda number: (number.published, number.block)):
@@ -341,12 +384,13 @@ def _cell(line: Sequence[Number], dataset: str, metric: str, table: Table) -> Ce
     if number is None:
         return Cell("")
     if number.value is None:
-        return Cell("–", notes=(table.note(_first_line(number.reason or "not computed")),))
-    text = show_value(number.value)
+        reason = _first_line(number.reason) if table.full_notes else ""
+        return Cell("–", notes=(table.note(reason or "not computed"),))
+    interval = ""
     if number.low is not None and number.high is not None:
-        text += f" [{show_value(number.low)}, {show_value(number.high)}]"
+        interval = f"[{show_value(number.low)}, {show_value(number.high)}]"
     notes = (table.note(f"Source: {number.source}."),) if number.source else ()
-    return Cell(text, number.best, notes)
+    return Cell(show_value(number.value), interval, number.best, notes)
 
 
 def _size_cell(line: Sequence[Number], table: Table) -> Cell:
@@ -370,13 +414,22 @@ def _size(real: int | None, made: int | None, groups: int | None) -> str:
 
 def _explain(runs: Sequence[Result], found: Sequence[Number], table: Table) -> None:
     """Add footnotes for the whole table: intervals, extractors, lost clips, metrics that no run has."""
-    labels = name_runs(runs)
     methods = sorted({number.ci_method for number in found if number.low is not None and number.ci_method})
     if methods:
-        table.note(f"[low, high]: 95 % interval ({'; '.join(methods)}).")
+        how = f" ({'; '.join(methods)})" if table.full_notes else ""
+        table.note(f"In brackets: 95 % interval{how}.")
     _explain_bold(found, table)
+    if table.full_notes:
+        _explain_metrics(found, table)
+    _explain_losses(runs, found, table)
+    if any(number.published for number in found):
+        table.note("Published numbers were not measured here; compare them only within their own block.")
+
+
+def _explain_metrics(found: Sequence[Number], table: Table) -> None:
+    """One footnote for all metrics that share an extractor, or the reason why no run has them."""
     valued = {number.metric for number in found if number.value is not None}
-    by_text: dict[str, list[str]] = {}  # one footnote for all metrics that share an extractor or a reason
+    by_text: dict[str, list[str]] = {}
     for number in sorted((n for n in found if not n.published), key=lambda n: _rank(n.metric)):
         if number.metric not in valued:
             by_text.setdefault(f"not computed: {_first_line(number.reason)}", []).append(_title(number.metric))
@@ -384,24 +437,26 @@ def _explain(runs: Sequence[Result], found: Sequence[Number], table: Table) -> N
             by_text.setdefault(f"{_shorten(number.extractor)}.", []).append(_title(number.metric))
     for text, titles in by_text.items():
         table.note(f"{', '.join(dict.fromkeys(titles))}: {text}")
+
+
+def _explain_losses(runs: Sequence[Result], found: Sequence[Number], table: Table) -> None:
+    labels, shown = name_runs(runs), {number.metric.partition("(")[0] for number in found}
     for run in runs:
         for warning in run.record.warnings:
             table.note(f"{labels[run.path]} on {run.dataset}: {warning}")
         lost = {failure.id: failure.reason for failure in run.record.failures}
         if lost:
             first = next(iter(lost))
-            table.note(
-                f"{labels[run.path]} on {run.dataset}: {len(lost)} clips are lost and not counted, "
-                f"for example {first} ({_first_line(lost[first])})."
-            )
+            example = f", for example {first} ({_first_line(lost[first])})" if table.full_notes else ""
+            table.note(f"{labels[run.path]} on {run.dataset}: {len(lost)} clips are lost and not counted{example}.")
+        if not table.full_notes:
+            continue
         short = sum(entry.rule == "short" for entry in run.record.plan.excluded)
         if short:
             table.note(f"{run.dataset}: {short} videos are too short for the protocol and were replaced.")
         for metric, score in sorted(run.record.scores.items()):
-            for warning in score.warnings:
+            for warning in score.warnings if metric.partition("(")[0] in shown else ():
                 table.note(f"{_title(metric)}: {_first_line(warning)}")
-    if any(number.published for number in found):
-        table.note("Published numbers were not measured here; compare them only within their own block.")
 
 
 def _explain_bold(found: Sequence[Number], table: Table) -> None:
@@ -421,7 +476,7 @@ def _explain_bold(found: Sequence[Number], table: Table) -> None:
         for number in group:
             if number.detectable is not None and (number.best or not is_told):
                 least[_title(number.metric)] = max(least.get(_title(number.metric), 0.0), number.detectable)
-    if least:
+    if least and table.full_notes:
         table.note(
             "For these models to be told from the best in 80 % of such tests, the true difference must be at least: "
             f"{', '.join(f'{title} {show_value(value)}' for title, value in least.items())}."
@@ -435,91 +490,6 @@ def _shorten(extractor: str) -> str:
 
 def _first_line(text: str) -> str:
     return text.strip().split("\n")[0].strip()
-
-
-# --- notations --------------------------------------------------------------------------------------------------------
-
-
-def to_markdown(table: Table) -> str:
-    """One table per dataset, so that each fits a screen, and the footnotes below."""
-
-    def show(cell: Cell) -> str:
-        text = _markdown(cell.text)
-        marks = "".join(f"[{n}]" for n in cell.notes)
-        head, space, interval = text.partition(" [")
-        return (f"**{head}**{space}{interval}" if cell.bold else text) + (f" {marks}" if marks else "")
-
-    parts = []
-    for dataset in dict.fromkeys(dataset for dataset, _ in table.columns):
-        own = [n for n, column in enumerate(table.columns) if column[0] == dataset]
-        lines: list[list[str]] = []
-        for block, rows in table.blocks:
-            inside = [
-                [show(label), *(show(cells[n]) for n in own)]
-                for label, cells in rows
-                if any(cells[n].text for n in own)
-            ]
-            lines += [[f"*{_markdown(block)}*", *[""] * len(own)], *inside] if inside else []
-        headings = ["Model", *(_markdown(table.columns[n][1]) for n in own)]
-        frame = pd.DataFrame(lines, columns=pd.Index(headings))
-        parts.append(f"Dataset: {_markdown(dataset)}\n\n{frame.to_markdown(index=False, disable_numparse=True)}\n\n")
-    notes = "\n".join(f"[{n}] {_markdown(note)}  " for n, note in enumerate(table.notes, 1))
-    return "".join(parts) + notes.rstrip() + "\n"
-
-
-def _markdown(text: str) -> str:
-    """Escape text for a cell of a Markdown table."""
-    for char in "\\|*`":
-        text = text.replace(char, f"\\{char}")
-    return text.replace("<", "&lt;").replace(">", "&gt;").replace("\r", " ").replace("\n", " ")
-
-
-TEX = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
-    "↑": r"$\uparrow$", "↓": r"$\downarrow$", "∞": r"$\infty$", "–": "--", "×": r"$\times$", "λ": r"$\lambda$",
-    "≥": r"$\geq$", "\n": " ", "\r": " ",
-}  # fmt: skip
-
-
-def tex(text: str) -> str:
-    """Escape text for LaTeX. Hyphens form no ligature; before a digit they are a minus."""
-    escaped = "".join(TEX.get(char, char) for char in text)
-    return re.sub(r"(?<![\w-])-(?=\d)", "$-$", re.sub("-(?=-)", "-{}", escaped))
-
-
-def to_latex(table: Table) -> str:
-    """A booktabs table with its footnotes below. It needs only \\usepackage{booktabs}."""
-
-    def show(cell: Cell) -> str:
-        marks = ",".join(map(str, cell.notes))
-        value, space, interval = tex(cell.text).partition(" [")
-        value = f"\\textbf{{{value}}}" if cell.bold else value
-        return value + (f" {{\\scriptsize [{interval}}}" if space else "") + (f"$^{{{marks}}}$" if marks else "")
-
-    several = len({dataset for dataset, _ in table.columns}) > 1
-    pairs = [("", "Model")]
-    for dataset, heading in table.columns:
-        pair = (tex(dataset) if several else "", tex(heading))
-        while pair in pairs:  # pandas' Styler needs unique headings; {} prints nothing
-            pair = (pair[0], pair[1] + "{}")
-        pairs.append(pair)
-    columns = pd.MultiIndex.from_tuples(pairs) if several else pd.Index([heading for _, heading in pairs])
-    lines: list[list[str]] = []
-    for block, rows in table.blocks:
-        lines.append([f"\\emph{{{tex(block)}}}", *[""] * len(table.columns)])
-        lines += [[show(label), *map(show, cells)] for label, cells in rows]
-    body = (
-        pd.DataFrame(lines, columns=columns)
-        .style.hide(axis="index")
-        .to_latex(hrules=True, column_format="l" + "c" * len(table.columns), multicol_align="c")
-    )
-    first, *rest = body.split("\n\\emph{")
-    body = first + "".join(
-        f"\n{'' if n == 0 else chr(92) + 'midrule' + chr(10)}\\emph{{{part}" for n, part in enumerate(rest)
-    )
-    notes = "".join(f"$^{{{n}}}$ {tex(note)}\\\\\n" for n, note in enumerate(table.notes, 1))
-    return f"{body.rstrip()}\n\n{{\\footnotesize\\raggedright\n{notes}}}\n"
 
 
 COST_HEADINGS = ("Model", "Dataset", "Seconds a clip", "Peak memory, MB", "On")
@@ -536,11 +506,3 @@ def costs(runs: Sequence[Result]) -> list[list[str]]:
             seconds = show_value(run.cost.seconds_per_clip)
             lines.append([labels[run.path], run.dataset, seconds, "" if memory is None else f"{memory:.0f}", place])
     return lines
-
-
-def costs_to_markdown(lines: Sequence[Sequence[str]]) -> str:
-    """A table; '' for no lines."""
-    if not lines:
-        return ""
-    frame = pd.DataFrame([[_markdown(text) for text in line] for line in lines], columns=pd.Index(COST_HEADINGS))
-    return frame.to_markdown(index=False, disable_numparse=True) + "\n"

@@ -11,6 +11,7 @@ from dcbench import machine, video
 from dcbench.catalogue import ModelCard, load_entry_point
 from dcbench.clips import pixels_sha256
 from dcbench.errors import SharedError, UserError
+from dcbench.escape import screen
 from dcbench.files import sha256_file
 from dcbench.models.base import ChecksFirst, ImageToVideo, PreparesFirst, Request, Runtime, check_generated
 from dcbench.progress import track
@@ -68,7 +69,8 @@ def _make(run: Run, options: Options, missing: Sequence[Case]) -> list[str]:
     facts |= getattr(model, "facts", {})  # from the model itself: its precision, its weights
     lost: list[str] = []
     made = _sample_batches(run, model, batches, facts, spent, lost)
-    for _ in track(made, len(mine) + done, "generating", done, options.quiet or rank() > 0):
+    quiet = options.quiet or rank() > 0
+    for _ in track(made, len(mine) + done, "generating", done, quiet, whole=len(run.cases)):
         pass
     return lost
 
@@ -131,7 +133,7 @@ def _sample_batches(
             raise got
         for case, request in zip(batch, got, strict=True):
             if isinstance(request, UserError):
-                print(f"cannot read {case.video} for clip {case.id}: {request}", file=sys.stderr, flush=True)
+                print(screen(f"cannot read {case.video} for clip {case.id}: {request}"), file=sys.stderr, flush=True)
                 if isinstance(request, video.PassingError):
                     lost.append(f"clip {case.id}, {request}")
         requests = [request for request in got if isinstance(request, Request)]

@@ -21,6 +21,7 @@ from dcbench import machine, record, video
 from dcbench.catalogue import MetricCard, cards, find_metric, load_entry_point
 from dcbench.clips import pixels_sha256
 from dcbench.errors import UserError
+from dcbench.escape import screen
 from dcbench.files import cache_dir, digest, optional_cache, read_json, write_json
 from dcbench.metrics.base import Metric, Observations, SetMetric, View
 from dcbench.metrics.cache import FeatureCache
@@ -399,7 +400,8 @@ def observe_all(
 
     def share() -> Seen:
         seen = Seen()
-        for part in track(observe(run, metrics, cache, mine), len(mine), what, quiet=options.quiet or rank() > 0):
+        parts, quiet = observe(run, metrics, cache, mine), options.quiet or rank() > 0
+        for part in track(parts, len(mine), what, quiet=quiet, whole=len(run.cases)):
             seen.merge(part)
         return seen
 
@@ -443,7 +445,7 @@ def _finish(run: Run, options: Options, metrics: Metrics, seen: Seen, seconds: f
         warnings=suspect.warnings(run, seen.likenesses),
     )
     for warning in result.warnings:
-        print(f"WARNING: {warning}", file=sys.stderr, flush=True)
+        print(screen(f"WARNING: {warning}"), file=sys.stderr, flush=True)
     directory.write_per_clip(rows)
     write_json(directory.record, result.model_dump(mode="json"))
     write_json(directory.cost, _cost(run, options, finished, seconds).model_dump(mode="json"))
@@ -457,7 +459,7 @@ def _earlier(directory: RunDirectory) -> Record | None:
     try:
         return record.read_record(directory.path)
     except UserError as error:
-        print(f"the earlier record is not used: {error}", file=sys.stderr, flush=True)
+        print(screen(f"the earlier record is not used: {error}"), file=sys.stderr, flush=True)
         return None
 
 

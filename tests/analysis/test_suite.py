@@ -1,9 +1,13 @@
 """Suites: arms become cards, layers have groups, errors name what is allowed."""
 
+import csv
+import re
+
 import pytest
+from markdown_it import MarkdownIt
 
 from dcbench.analysis.lambda_probe import profile, published_profile, sweep, table, write_profile
-from dcbench.analysis.suite import Arm, arm_card, find_suite, suites
+from dcbench.analysis.suite import Arm, Suite, arm_card, find_suite, suites
 from dcbench.analysis.suite_table import ArmScores, show, write_table
 from dcbench.catalogue import ModelCard, find_model, load_entry_point
 from dcbench.errors import UserError
@@ -113,7 +117,14 @@ def test_the_profile_stands_beside_the_papers(tmp_path):
     assert found.values[1] == 0.25 and found.stages.count("middle") == 1
     paper = published_profile()
     assert len(paper.values) == 16 and paper.values[5] == 0.655 and paper.stages.count("input") == 6
-    assert table([found, paper]).count("\n") == 18
+    lines = table([found, paper]).splitlines()
+    assert len(lines) == 18
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
+    middle = next(line for line in cells if line[2] == "middle")  # of the same depth, whatever its number
+    assert middle[0] == "0.50" and middle[5] == "middle" and middle[1] != middle[4] == "7"
+    assert [line[0] for line in (cells[0], cells[-1])] == ["0.00", "1.00"]
+    assert cells[0][1] == "1" and cells[-1][1] == str(len(found.values)) and cells[-1][4] == "16"
+    assert [line[1] for line in cells if line[1]] == [str(n + 1) for n in range(len(found.values))]  # all, in order
     text = write_profile(model, tmp_path)
     assert "0.250" in text and (tmp_path / "profile.png").stat().st_size > 5000
     assert (tmp_path / "profile.csv").read_text().splitlines()[2].endswith(",0.250000")
@@ -161,6 +172,22 @@ def test_the_table_shows_seeds_intervals_and_the_papers_column(tmp_path):
     assert "| without ctx | **6 [1, 11]** | 1 [-1, 3] |" in write_table(suite, [row, other], tmp_path, (1, 2))
     sheet = (tmp_path / "table.csv").read_text()
     assert sheet.count(",fvd,") == 3 and sheet.count(",fvd_gap,") == 1
+
+
+def test_texts_of_a_suite_stay_text(tmp_path):
+    """Titles, notes, arms and reasons: a folder of a suite may come from a stranger."""
+    snare = "[x](javascript:1) ![y](http://e.org/y.png) <b> | \x1b[2J"
+    arms = (Arm(name=snare, group="=1+1", meaning=snare), Arm(name="=2+2", group="g"))
+    suite = Suite(name="s", title=snare, note=snare, arms=arms, published=snare)
+    rows = [ArmScores(arm, clips=1, reasons={"pic": f"{snare}\n  more"}, no_gap=snare) for arm in arms]
+    for row in rows:
+        row.add("fvd", -1.0, None)
+    text = write_table(suite, rows, tmp_path, (1,))
+    shown = MarkdownIt("commonmark").enable("table").render(text)
+    assert set(re.findall(r"<(\w+)", shown)) <= {"h1", "p", "table", "thead", "tbody", "tr", "th", "td"}
+    assert "\x1b" not in text and not re.search(r"(?<!\\)://", text) and "Not computed: pic:" in text
+    sheet = list(csv.reader((tmp_path / "table.csv").read_text().splitlines()))
+    assert [line[1] for line in sheet[1:]] == ["'=1+1", "g"] and sheet[2][0] == "'=2+2" and sheet[1][5] == "-1.0"
 
 
 def test_training_arms_change_their_stages_only():

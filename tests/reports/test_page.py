@@ -1,6 +1,9 @@
 """Figures and the page: made from real small runs, safe against any caption, complete without a network."""
 
+import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -8,12 +11,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 from dcbench import protocol as protocols
+from dcbench.catalogue import ModelCard, Published, cards
+from dcbench.cli import app
+from dcbench.errors import UserError
 from dcbench.files import write_json, write_text
 from dcbench.metrics.distances import score_frechet_infinity
 from dcbench.record import Case, Cost, Plan, Record, Score, read_plan, read_record, write_manifest
-from dcbench.reports import write_report
+from dcbench.reports import Choices, write_report
 from dcbench.reports.figures import Curve, cost_plot, curves, frame_grid
 from dcbench.reports.page import spread
 from dcbench.video import probe, write_lossless
@@ -144,6 +151,131 @@ def test_spread_covers_the_manifest():
     items = list(range(100))
     assert spread(items, 4) == [0, 25, 50, 75]  # type: ignore[arg-type, comparison-overlap]
     assert spread(items[:3], 12) == [0, 1, 2]  # type: ignore[arg-type, comparison-overlap]
+
+
+# --- which clips, and in what order -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two runs of seven clips: motion 0, 1, .. 6 as a mean of both; PIC, higher is better, the other way round."""
+    base = tmp_path_factory.mktemp("scored")
+    runs = [make_run(base / name, name, clips=7) for name in "AB"]
+    for n, path in enumerate(runs):
+        rows = [
+            {"id": f"v{k:02d}", "motion": {"value": k + 2 * n - 1}, "pic": {"value": 1 - k / 10}, "other": {"x": 1}}
+            for k in range(7)
+        ]
+        write_text(path / "per_clip.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        record = read_record(path)
+        pic = Score(value=0.5, n_reference=7, n_generated=7, higher_is_better=True, fingerprint="f00d")
+        changed = record.model_copy(update={"scores": {**record.scores, "pic": pic}})
+        write_json(path / "record.json", changed.model_dump(mode="json"))
+    return runs
+
+
+def clips_of(folder: Path) -> list[str]:
+    return re.findall(r"<p><code>(v\d+)</code>", (folder / "index.html").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("choices", "clips", "said"),
+    [
+        (Choices(clips=3), ["v00", "v02", "v04"], "evenly over the manifest"),
+        (Choices(clips=3, clips_by="pic"), ["v06", "v05", "v00"], "the worst and the best by pic"),
+        (Choices(clips=2, clips_by="motion"), ["v00", "v06"], "the lowest and the highest by motion"),
+        (Choices(clips=9, clips_by="motion"), [f"v{k:02d}" for k in range(7)], "the lowest and the highest"),
+    ],
+)
+def test_the_clips_of_the_page_are_chosen(tmp_path, scored, choices, clips, said):
+    write_report(scored, tmp_path, choices)
+    assert clips_of(tmp_path) == clips
+    text = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert f"{len(clips)} of 7 clips, {said}" in text
+    means = [json.loads(row) for row in re.findall("data-means='(.*?)'", text)]
+    assert [found["motion"] for found in means] == [float(clip[1:]) for clip in clips]
+    assert 'value="-pic"' in text and "other" not in text  # the page sorts by metrics with one value for a clip
+
+
+def test_the_command_shows_what_was_chosen(tmp_path, scored, monkeypatch):
+    """--metrics, --published, --notes and --clips, for every file but table.csv, which has all numbers."""
+    theirs = Published(dataset="My <videos>", metric="fvd", value=1.5, protocol="smoke", source="s")
+    elsewhere = Published(dataset="My <videos>", metric="fvd", value=2.5, protocol="other", source="s")
+    card = ModelCard(name="c", title="Theirs", summary="s", published=(theirs, elsewhere))
+    monkeypatch.setattr("dcbench.reports.tables.cards", lambda kind: {"c": card} if kind == "models" else cards(kind))
+
+    def report(*options: str) -> tuple[str, str, str]:
+        command = ["report", *map(str, scored), "--out", str(tmp_path), "--clips", "1", *options]
+        done = CliRunner().invoke(app, command, catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return tuple((tmp_path / f"table.{kind}").read_text(encoding="utf-8") for kind in ("md", "tex", "csv"))
+
+    markdown, tex, sheet = report()
+    assert "1.5000" in markdown and "2.5000" in markdown and "PIC" in markdown and "| PIC" in markdown
+    assert "1.5000" in tex and "2.5000" not in tex and "PIC" in tex  # of the same protocol only
+    markdown, tex, again = report("--metrics", "fv*", "--published", "none", "--notes", "short")
+    assert again == sheet and "2.5" in sheet and len(clips_of(tmp_path)) == 1
+    for text in (markdown, tex, (tmp_path / "index.html").read_text(encoding="utf-8").partition("<figure>")[0]):
+        assert "PIC" not in text and "1.5000" not in text and "FVD" in text
+
+
+def test_options_that_would_change_nothing_are_refused(tmp_path, scored):
+    (tmp_path / "suite.json").write_text("{}")
+    for runs, options, said in (
+        ([tmp_path], ["--clips", "3", "--metrics", "fvd"], "--clips, --metrics cannot be used with folders of suites"),
+        (scored, ["--compare", "--notes", "short"], "--notes cannot be used with --compare"),
+    ):
+        done = CliRunner().invoke(app, ["report", *map(str, runs), *options])
+        assert isinstance(done.exception, UserError) and said in str(done.exception)
+
+
+def test_a_metric_that_no_clip_has_is_told(tmp_path, scored):
+    with pytest.raises(UserError, match=r'no clip of these runs has a value of "motoin"\. Did you mean "motion"'):
+        write_report(scored, tmp_path, Choices(clips_by="motoin"))
+    with pytest.raises(UserError, match="expected short or full"):
+        Choices(notes="long")
+
+
+def test_clips_are_loaded_when_they_come_into_view(report):
+    text = (report / "index.html").read_text(encoding="utf-8")
+    videos = re.findall("<video[^>]*>", text)
+    assert videos and all('preload="none"' in video and 'width="32" height="32"' in video for video in videos)
+    assert all('loading="lazy"' in image for image in re.findall('<img class="input"[^>]*>', text))
+    assert "prefers-color-scheme: dark" in (report / "report.css").read_text()
+
+
+CHROME = next((path for name in ("chromium", "google-chrome", "chrome") if (path := shutil.which(name))), None)
+ACTIONS = """
+const said = [];
+const key = (name, on = document.body) =>
+  on.dispatchEvent(new KeyboardEvent("keydown", { key: name, bubbles: true, cancelable: true }));
+const shown = () => rows.filter((e) => !e.row.hidden).map((e) => e.row.querySelector("code").textContent).length;
+key(" "); said.push(byId("play").textContent);
+key(" ", byId("find")); said.push(byId("play").textContent);
+key("ArrowRight"); said.push(byId("play").textContent, byId("time").value);
+key("ArrowLeft"); said.push(byId("time").value);
+byId("sort").value = "-motion"; byId("sort").onchange({ target: byId("sort") });
+said.push([...document.querySelectorAll(".row code")].map((c) => c.textContent).join());
+byId("find").value = "V05 prompt"; byId("find").oninput({ target: byId("find") });
+said.push(byId("count").textContent);
+document.title = JSON.stringify(said);
+"""
+
+
+@pytest.mark.skipif(CHROME is None, reason="no browser here: neither chromium nor google-chrome")
+def test_keys_sort_and_find_in_a_browser(tmp_path, scored):
+    assert CHROME
+    write_report(scored, tmp_path, Choices(clips=7))
+    script = (tmp_path / "report.js").read_text(encoding="utf-8")
+    (tmp_path / "report.js").write_text(f"{script}\n{{{ACTIONS}}}\n", encoding="utf-8")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    page = subprocess.run([CHROME, *options, (tmp_path / "index.html").as_uri()], capture_output=True, timeout=60)
+    title = re.search("<title>(.*?)</title>", page.stdout.decode())
+    assert title, page.stderr.decode()
+    play, typed, paused, on, back, order, count = json.loads(title[1].replace("&quot;", '"'))
+    assert (play, typed, paused) == ("Pause all", "Pause all", "Play all")  # a space in the search is a letter
+    assert int(on) > int(back) == 0
+    assert order == "v06,v05,v04,v03,v02,v01,v00" and count == "1 of 7 clips"
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------

@@ -3,95 +3,29 @@
 import csv
 import io
 import math
-from pathlib import Path
-from typing import Any
 
 import pytest
+from records import EXTRACTOR, markdown, published, run, score, without_blocks
 
-from dcbench.catalogue import ModelCard, Published
 from dcbench.errors import UserError
 from dcbench.files import write_json
 from dcbench.metrics.statistics import jackknife, student_p
-from dcbench.record import Cost, Excluded, Failure, Plan, Record, Replicates, Score
+from dcbench.record import Excluded, Failure, Replicates
+from dcbench.reports.notations import to_csv, to_latex, to_markdown
 from dcbench.reports.tables import (
-    Cell,
     Result,
-    Table,
-    costs,
-    costs_to_markdown,
+    choose,
+    chosen_metrics,
     layout,
     load_results,
     name_runs,
     numbers,
     show_value,
-    tex,
-    to_csv,
-    to_latex,
-    to_markdown,
 )
-
-EXTRACTOR = {"name": "i3d", "weights_sha256": "ab" * 32, "preprocessing": "squash"}
-DIRECTIONS = {"fvd": False, "kvd": False, "pic": True, "motion": None}
-
-
-def without_blocks(value: float, spread: float, design: str = "d") -> Replicates:
-    """The value without each of eight blocks; two scores of one spread differ by exactly the same in each."""
-    wobble = [math.sin(5 * k * (1 + value)) for k in range(8)]
-    return Replicates(design=design, strata=[[(8.0, value + spread * w) for w in wobble]])
-
-
-def score(value: float | None, metric: str = "fvd", spread: float = 0.001, **changes: Any) -> Score:
-    """`spread`: of the replicates, as a share of the value. The default tells any two values apart."""
-    given: dict[str, Any] = {
-        "n_reference": 2048,
-        "n_generated": 2048,
-        "extractor": EXTRACTOR,
-        "fingerprint": "f00d",
-        "higher_is_better": DIRECTIONS[metric],
-        "n_groups": 2048,
-        "replicates": None if value is None else without_blocks(value, spread * max(value, 1)),
-        **changes,
-    }
-    return Score(value=value, **given)
-
-
-def run(
-    title: str,
-    scores: dict[str, Score],
-    dataset: str = "ucf101",
-    protocol: str = "dynamicrafter-paper",
-    fingerprint: str = "f00d",
-    path: str = "",
-    **more: Any,
-) -> Result:
-    model = {"name": "m", "title": title, "conditions_on": ["image"], **more.pop("model", {})}
-    plan = Plan(
-        dcbench="0",
-        model=model,
-        dataset={"name": dataset},
-        protocol={"name": protocol, "version": 1},
-        seed=more.pop("seed", 123),
-        limit=None,
-        fingerprint=fingerprint,
-        excluded=more.pop("excluded", []),
-        versions={},
-    )
-    cost = more.pop("cost", None)
-    record = Record(plan=plan, scores=scores, n_planned=2048, n_scored=2048, clips_sha256="", **more)
-    return Result(Path(path or f"runs/{title}"), record, cost)
 
 
 def best(runs: list[Result], metric: str = "fvd") -> list[str]:
     return [number.model for number in numbers(runs, {}) if number.metric == metric and number.best]
-
-
-def markdown(runs: list[Result], cards: dict[str, ModelCard] | None = None) -> str:
-    return to_markdown(layout(runs, numbers(runs, cards or {})))
-
-
-def published(title: str = "Theirs", tag: str = "dynamicrafter-paper", value: float = 429.23, **more: Any) -> ModelCard:
-    entry = Published(dataset="ucf101", metric="fvd", value=value, protocol=tag, source="arXiv 1 Table 1", **more)
-    return ModelCard(name="theirs", title=title, summary="s", published=(entry,))
 
 
 # --- what is compared -------------------------------------------------------------------------------------------------
@@ -233,6 +167,54 @@ def test_the_real_clips_are_a_bound_and_no_contestant():
     assert "Real [1]" in markdown(runs) and "[1] Returns the reference clip itself" in markdown(runs)
 
 
+# --- what is shown ----------------------------------------------------------------------------------------------------
+
+
+def test_metrics_and_published_rows_are_chosen():
+    runs = [run("A", {"fvd": score(1), "kvd": score(2, "kvd"), "pic": score(0.5, "pic", warnings=["about PIC"])})]
+    cards = {"a": published("Theirs"), "b": published("Other", "consisti2v")}
+    found = numbers(runs, cards)
+
+    def shown(metrics: tuple[str, ...] = (), tags: str = "all") -> list[tuple[str, str]]:
+        return [(number.model, number.metric) for number in choose(runs, found, metrics, tags)]
+
+    ours = [("A", "fvd"), ("A", "kvd"), ("A", "pic")]
+    assert shown() == [*ours, ("Theirs", "fvd"), ("Other", "fvd")]
+    assert shown(tags="none") == ours and shown(tags="same-protocol") == [*ours, ("Theirs", "fvd")]
+    assert shown(("kvd",)) == [("A", "kvd")]
+    assert shown(("*vd",), "none") == ours[:2]
+    text = to_markdown(layout(runs, choose(runs, found, ("fvd",), "none")))
+    assert "KVD" not in text and "about PIC" not in text and "Theirs" not in text
+    with pytest.raises(UserError, match=r'no run was scored with "kdv"\. Did you mean "kvd"'):
+        shown(("kdv",))
+    with pytest.raises(UserError, match="expected none, same-protocol, all"):
+        shown(tags="some")
+
+
+def test_a_metric_is_chosen_with_all_its_options_and_by_its_card(tmp_path):
+    (tmp_path / "own.toml").write_text(
+        'name = "own"\ntitle = "Own"\nsummary = "s"\nkind = "set"\nhigher_is_better = true\nentry_point = "a:b"\n'
+    )
+    known = ["fvd", "kvd", "kvd(degree=2)", "own"]
+    assert chosen_metrics(["kvd"], known) == ["kvd", "kvd(degree=2)"]
+    assert chosen_metrics(["kvd(degree=2)", str(tmp_path / "own.toml")], known) == ["kvd(degree=2)", "own"]
+
+
+def test_short_footnotes_have_no_advice_and_keep_what_a_mark_means():
+    lost = score(None, "pic", reason="x.pt is missing. Get it: dcbench weights fetch pic")
+    runs = [
+        run("A", {"fvd": score(1, ci95=(0.5, 1.5), ci_method="jackknife", warnings=["few clips"])}),
+        run("B", {"fvd": score(2), "pic": lost}, failures=[Failure(id="v1", reason="a.avi: broken")]),
+        run("C", {"pic": score(0.5, "pic")}),
+    ]
+    found = numbers(runs, {"a": published()})
+    short, full = (layout(runs, found, full_notes=full).notes for full in (False, True))
+    assert not [note for note in short if "weights fetch" in note or "few clips" in note or "sha256" in note]
+    for part in ("not computed", "Source: arXiv", "In brackets: 95 % interval.", "Bold: ", "1 clips are lost"):
+        assert any(part in note for note in short), part
+    assert any("weights fetch" in note for note in full) and len(full) > len(short)
+
+
 # --- marks and footnotes ----------------------------------------------------------------------------------------------
 
 
@@ -324,54 +306,6 @@ def test_values_are_shown_as_papers_do(value, text):
     assert show_value(value) == text
 
 
-# --- notations --------------------------------------------------------------------------------------------------------
-
-NASTY = "A|B <script>$x_1$ & 50% #1 {y} ~^ \\cmd `c` *\n[x]"
-
-
-def test_names_cannot_break_out_of_the_table():
-    runs = [run(NASTY, {"fvd": score(1)}), run("B", {"fvd": score(2)})]
-    table = layout(runs, numbers(runs, {}))
-    text = to_markdown(table)
-    row = next(line for line in text.splitlines() if "script" in line)
-    assert row.replace("\\|", "").count("|") == 4 and "<script>" not in text
-    latex = to_latex(table)
-    row = next(line for line in latex.splitlines() if "script" in line)
-    assert row.replace(r"\&", "").count("&") == 2
-    assert r"\$x\_1\$ \& 50\% \#1 \{y\} \textasciitilde{}\textasciicircum{} \textbackslash{}cmd" in row
-    rows = list(csv.DictReader(io.StringIO(to_csv(numbers(runs, {})))))
-    assert rows[0]["model"] == NASTY and float(rows[0]["value"]) == 1
-
-
-def test_latex_is_booktabs_with_balanced_braces():
-    runs = [run("A", {"fvd": score(1, ci95=(0.5, 1.5), ci_method="x")}), run("B", {"fvd": score(2)})]
-    latex = to_latex(layout(runs, numbers(runs, {"a": published()})))
-    for part in (r"\toprule", r"\bottomrule", r"FVD $\downarrow$", r"\textbf{1.0000} {\scriptsize [0.5000, 1.5000]}"):
-        assert part in latex
-    assert latex.count(r"\midrule") == 2  # below the head, and between the blocks
-    assert latex.count("{") == latex.count("}")
-    assert tex("λ ≥ 1") == r"$\lambda$ $\geq$ 1"
-    assert tex("-6.82 [-7, 5-3] --download") == "$-$6.82 [$-$7, 5-3] -{}-download"
-
-
-def test_csv_has_every_number_in_full():
-    text = to_csv(numbers([run("A", {"fvd": score(234.66123456789)})], {"a": published()}))
-    measured, theirs = csv.DictReader(io.StringIO(text))
-    assert float(measured["value"]) == 234.66123456789 and "ab" * 32 in measured["extractor"]
-    assert (theirs["published"], theirs["source"], theirs["block"]) == (
-        "True",
-        "arXiv 1 Table 1",
-        "published, dynamicrafter-paper",
-    )
-
-
-def test_cost_table():
-    cheap = Cost(seconds_per_clip=0.25, peak_memory_mb=512.4, device="cpu", dtype="float32", hardware="x86_64")
-    text = costs_to_markdown(costs([run("A", {}, cost=cheap), run("B", {})]))
-    assert "| A       | ucf101    | 0.2500" in text and "512" in text and "| B" not in text
-    assert costs_to_markdown(costs([run("B", {})])) == ""
-
-
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 
@@ -387,8 +321,3 @@ def test_records_are_loaded_once_each_and_errors_are_for_the_user(tmp_path):
     (tmp_path / "one" / "record.json").write_text('{"schema_version": 99}')
     with pytest.raises(UserError, match="schema version 99"):
         load_results([tmp_path / "one"])
-
-
-def test_columns_with_one_heading_keep_it_in_latex():
-    table = Table([("d", "X"), ("d", "X")], [("block", [(Cell("model"), [Cell("1"), Cell("2")])])])
-    assert "Model & X & X{} \\\\" in to_latex(table)

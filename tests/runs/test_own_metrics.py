@@ -166,6 +166,10 @@ def test_every_set_metric_is_compared(tmp_path, small_i3d):
         assert printed == pytest.approx(one - two, rel=1e-9) and (name == "fvd") == (comparison.plain is not None)
     table = to_markdown(compared, ["zoom", "noise"])
     assert all(f"| {name} |" in table for name in compared.found)
+    chosen = compare_runs(tmp_path / "zoom", tmp_path / "noise", QUIET, ["fvd", "dens*"])
+    assert set(chosen.found) == {"fvd", "density"} and not chosen.reasons
+    with pytest.raises(UserError, match='no run was scored with "fvdd"'):
+        compare_runs(tmp_path / "zoom", tmp_path / "noise", QUIET, ["fvdd"])
 
 
 def test_runs_that_were_scored_by_cards_of_ones_own_are_compared(tmp_path, cheap_metric):
