@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dcbench.errors import UserError, near_match
 from dcbench.escape import plain
-from dcbench.files import atomic_write, read_jsonl, write_text
-from dcbench.record import Case
+from dcbench.files import atomic_write, write_text
+from dcbench.record import Case, read_per_clip
 from dcbench.reports.tables import COST_HEADINGS, Result, Table, name_runs, show_value
 from dcbench.runs import planning
 from dcbench.video import write_mp4
@@ -220,9 +220,7 @@ def spread(cases: Sequence[Case], count: int) -> list[Case]:
 
 def _per_clip(path: Path) -> dict[str, dict[str, float]]:
     """Clip id -> the per-clip metrics with a single value."""
-    file = path / "per_clip.jsonl"
-    rows = {str(row.get("id")): row for row in read_jsonl(file)} if file.is_file() else {}
-    return {clip: dict(_single_values(row)) for clip, row in rows.items()}
+    return {clip: dict(_single_values(row)) for clip, row in read_per_clip(path).items()}
 
 
 def _single_values(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
