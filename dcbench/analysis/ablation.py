@@ -17,6 +17,7 @@ from dcbench.analysis.suite import Arm, Suite, arm_card
 from dcbench.analysis.suite_table import ArmScores, write_table
 from dcbench.catalogue import DatasetCard, ModelCard, find_model
 from dcbench.errors import UserError
+from dcbench.facts import Facts, validate
 from dcbench.files import digest, read_json, sha256_file, write_json
 from dcbench.protocol import Protocol
 from dcbench.record import read_record
@@ -30,6 +31,14 @@ from dcbench.training.arms import arm_recipe, held_out_of, train_arm
 from dcbench.training.directory import Training
 from dcbench.training.held_out import read_held_out
 from dcbench.training.recipe import find_recipe
+
+
+class Kept(Facts):
+    """suite.json."""
+
+    suite: Suite
+    seeds: list[int]
+    runs: dict[str, dict[str, str]] = {}  # arm -> seed -> run directory below the suite's folder
 
 
 @dataclass(frozen=True)
@@ -128,9 +137,9 @@ def rebuild(out: Path) -> str:
     Each arm and seed needs record.json, and held_out.json if it is trained. Clips and weights are not needed. The
     differences from the baseline come from gap.json, if it exists.
     """
-    kept = read_json(out / "suite.json")
-    suite, seeds = Suite.model_validate(kept["suite"]), kept["seeds"]
-    places = kept.get("runs") or {  # a suite of dcbench 0.1: every arm has its own directory
+    kept: Kept = validate(read_json(out / "suite.json"), Kept, f"{out / 'suite.json'}")
+    suite, seeds = kept.suite, kept.seeds
+    places = kept.runs or {  # a suite of dcbench 0.1: every arm has its own directory
         arm.name: {str(seed): f"{_folder(arm.name)}/seed-{seed}" for seed in seeds} for arm in suite.arms
     }
     return write_table(suite, [_scores(suite, arm, out, seeds, places) for arm in suite.arms], out, seeds)
@@ -143,7 +152,10 @@ def _scores(suite: Suite, arm: Arm, out: Path, seeds: Sequence[int], places: Pla
     """The numbers of an arm, from its records. UserError if the arm is not finished."""
     row, is_baseline = ArmScores(arm), arm.name == suite.baseline_arm
     for seed in seeds:
-        folder, baseline = (out / places[name][str(seed)] for name in (arm.name, suite.baseline_arm))
+        try:
+            folder, baseline = (out / places[name][str(seed)] for name in (arm.name, suite.baseline_arm))
+        except KeyError as error:
+            raise UserError(f"{out / 'suite.json'} names no run for {error}") from error
         if not (folder / "record.json").is_file():
             raise UserError(f"{folder / 'record.json'} does not exist: arm {arm.name!r}, seed {seed} is not finished")
         if suite.kind == "training":

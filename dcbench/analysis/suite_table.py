@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dcbench.analysis.suite import Arm, Suite
+from dcbench.catalogue import slug
 from dcbench.escape import csv_cell, markdown
 from dcbench.files import write_text
 from dcbench.metrics.statistics import (
@@ -219,4 +220,4 @@ def draw_curves(suite: Suite, rows: Sequence[ArmScores], metrics: Sequence[str],
             x, y = [point[0] for point in points], [point[1] for point in points]
             lines[group] = Curve(x, y, [low for low, _ in band], [high for _, high in band])
         if lines:
-            curves(out / f"curves-{metric}.png", lines, suite.x_label, metric, title=suite.title)
+            curves(out / f"curves-{slug(metric)}.png", lines, suite.x_label, metric, title=suite.title)
