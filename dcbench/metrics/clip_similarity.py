@@ -17,7 +17,7 @@ from dcbench.errors import UserError, near_match
 from dcbench.metrics.base import ClipMetric, FeatureExtractor, View
 from dcbench.metrics.i3d import is_torchscript, load_torchscript
 from dcbench.metrics.per_clip import RememberedFrames, cosine, to_pil
-from dcbench.weights import fetch, load_tensors, tensors_sha256
+from dcbench.weights import check_finite, fetch, load_tensors, tensors_sha256
 
 Kind = Literal["text", "frames", "image"]
 
@@ -29,7 +29,9 @@ def load_clip(path: Path) -> dict[str, Tensor]:
         state = {k: v for k, v in state.items() if k not in ("input_resolution", "context_length", "vocab_size")}
     else:
         state = load_tensors(path)
-    return {name.removeprefix("module."): value.float() for name, value in state.items()}
+    state = {name.removeprefix("module."): value.float() for name, value in state.items()}
+    check_finite(state, path)
+    return state
 
 
 class CLIPEncoder(FeatureExtractor):

@@ -23,7 +23,7 @@ from dcbench.catalogue import MetricCard, WeightSource
 from dcbench.errors import UserError, near_match
 from dcbench.metrics.base import ClipMetric, FeatureExtractor, View
 from dcbench.metrics.per_clip import RememberedFrames, cosine, to_pil
-from dcbench.weights import fetch, load_tensors, tensors_sha256, weights_dir
+from dcbench.weights import check_finite, fetch, load_tensors, tensors_sha256, unsafe, weights_dir
 
 REQUIRED = {
     "ensemble": (
@@ -125,13 +125,14 @@ class DreamSimEmbedder(FeatureExtractor):
                 )[0]
             except (OSError, KeyError, RuntimeError, TypeError, pickle.UnpicklingError, EOFError) as error:
                 raise UserError(
-                    f"DreamSim {kind} cannot be loaded from {folder}: {type(error).__name__}: {error}. "
+                    f"DreamSim {kind} cannot be loaded from {folder}: {type(error).__name__}: {unsafe(error)}. "
                     "Remove the folder and fetch it again."
-                ) from error
+                ) from None
         state = {name: value for name, value in self.network.state_dict().items() if isinstance(value, Tensor)}
         for index, extractor in enumerate(self.network.base_model.model.extractor_list):
             if isinstance(getattr(extractor, "proj", None), Tensor):  # a plain attribute, not in the state dict
                 state[f"proj.{index}"] = extractor.proj
+        check_finite(state, folder)
         self.weights_sha256 = tensors_sha256(state)
         self.num_features = int(self.network.embed_size)
         self.device = device

@@ -39,7 +39,7 @@ def load(card: ModelCard, runtime: Runtime) -> DynamiCrafter:
     if seed is not None:
         networks = Networks.random(cfg, seed)
     else:
-        networks, schedule = load_networks(_weights(card, folder, runtime.offline), cfg)
+        networks, schedule = load_networks(_weights(card, folder, runtime.offline), cfg, chosen.ema)
     return DynamiCrafter(card, networks, schedule, sampling, chosen, runtime)
 
 

@@ -58,6 +58,7 @@ class ModelOptions:
     vdg: bool = True
     image_scale: float | None = None
     image_scale_factors: Mapping[str, float] = field(default_factory=dict)
+    ema: bool = False  # sample with the moving average that the file holds beside its weights
     decode_chunk: int = 4  # frames decoded at once; 0 = all
     offload: bool = False  # networks stay on the CPU and visit the device when they are needed
     batch_guidance: bool = True  # the branches of guidance in one batch: faster, more memory
