@@ -3,12 +3,12 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from dcbench.catalogue import ModelCard
+from dcbench.catalogue import ModelCard, load_entry_point
 from dcbench.errors import UserError
 
 
@@ -25,6 +25,37 @@ class Request:
     seed: int
     end_image: Tensor | None = None  # uint8 [3, h, w]
     reference: Tensor | None = None  # uint8 [t, 3, h, w]; only for models that condition on "reference"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a request will ask for, known before the model is loaded and before a picture is read."""
+
+    clip_id: str
+    num_frames: int | None  # None: as many as the model makes
+    fps: float
+    frame_stride: int | None = None
+    motion: int | Literal["clip"] | None = "clip"  # "clip": that of the clip to make; None: the model's usual one
+
+
+CardCheck = Callable[[ModelCard, Sequence[Wanted]], None]
+
+
+def checks_with(check: CardCheck) -> Callable[[Callable[..., Any]], Any]:
+    """Decorator of an entry point: `check` raises UserError if a model of this card cannot make what is wanted."""
+
+    def mark(load: Callable[..., Any]) -> Any:
+        setattr(load, "check_wanted", check)  # noqa: B010 (a function has no such attribute for a type checker)
+        return load
+
+    return mark
+
+
+def check_wanted(card: ModelCard, wanted: Sequence[Wanted]) -> None:
+    """Raise UserError for what the model of a card cannot make: cheap, so it comes before the weights are read."""
+    check: CardCheck | None = getattr(load_entry_point(card), "check_wanted", None)
+    if check is not None:
+        check(card, wanted)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from dcbench.clips import TemporalPolicy, choose_in_time, resize
 from dcbench.errors import UserError
 from dcbench.facts import Facts, validate
 from dcbench.files import atomic_write
-from dcbench.models.base import Request, Runtime
+from dcbench.models.base import Request, Runtime, Wanted, checks_with
 from dcbench.progress import track
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -280,6 +280,20 @@ def _read_images(folder: Path) -> Tensor:
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous()
 
 
+def check_wanted(card: ModelCard, wanted: Sequence[Wanted]) -> None:
+    """Raise UserError if the frames that the card names are too few for a clip."""
+    options: ExternalOptions = validate(card.options, ExternalOptions, f"{card.name}, options")
+    frames = card.clip.frames
+    if frames is None:
+        return
+    for one in wanted:
+        try:
+            choose_in_time(options.temporal, frames, card.clip.fps or one.fps, one.num_frames or frames, one.fps)
+        except UserError as error:
+            raise UserError(f"{card.name}: {error}. Choose another protocol, or mend [clip] of its card") from error
+
+
+@checks_with(check_wanted)
 def load(card: ModelCard, runtime: Runtime) -> External:
     """Entry point of every card of this family."""
     options: ExternalOptions = validate(card.options, ExternalOptions, f"{card.name}, options")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,47 @@ from dcbench import weights
 from dcbench.catalogue import ModelCard
 from dcbench.errors import UserError
 from dcbench.models import diffusion
-from dcbench.models.base import Runtime
+from dcbench.models.base import Runtime, Wanted, checks_with
 from dcbench.models.dynamicrafter.checkpoint import load_networks
 from dcbench.models.dynamicrafter.config import Config, variant
 from dcbench.models.dynamicrafter.image_scale import check_factors
 from dcbench.models.dynamicrafter.networks import Networks
-from dcbench.models.dynamicrafter.pipeline import DynamiCrafter, ModelOptions, Sampling, settings
+from dcbench.models.dynamicrafter.pipeline import (
+    DynamiCrafter,
+    ModelOptions,
+    Sampling,
+    check_frames,
+    check_motion,
+    motion_of,
+    settings,
+)
 
 PACKAGE = Path(__file__).parent
 
 
+def check_wanted(card: ModelCard, wanted: Sequence[Wanted]) -> None:
+    """Raise UserError for more frames than the model has, or a motion that it was not trained with."""
+    chosen, cfg = _options(card)
+    for one in wanted:
+        check_frames(cfg, card.name, one.clip_id, one.num_frames or cfg.num_frames)
+        if one.motion is None or chosen.any_motion:
+            continue
+        if one.motion == "clip":
+            check_motion(cfg, card.name, motion_of(cfg, one.fps, one.frame_stride), f"clip {one.clip_id}")
+        else:
+            check_motion(cfg, card.name, one.motion, "--motion")
+
+
+def _options(card: ModelCard) -> tuple[ModelOptions, Config]:
+    options = {key: value for key, value in card.options.items() if key not in ("variant", "folder", "random_seed")}
+    chosen: ModelOptions = settings(ModelOptions, options, "options")
+    name, folder = card.options.get("variant"), card.options.get("folder")
+    if (name is None) == (folder is None):
+        raise UserError(f"{card.name}: give options.variant (with weights) or options.folder, one of the two")
+    return chosen, read_config(folder) if folder is not None else variant(str(name))
+
+
+@checks_with(check_wanted)
 def load(card: ModelCard, runtime: Runtime) -> DynamiCrafter:
     """The model of a card. Everything cheap is checked before the weights are fetched and read.
 
@@ -26,13 +58,9 @@ def load(card: ModelCard, runtime: Runtime) -> DynamiCrafter:
     `variant`: a preset's name, with the card's [[weights]], or with `random_seed` for random weights, which make noise;
     `folder`: of config.json and weights.safetensors, as `dcbench train` writes them; below this package, or any path.
     """
-    options = dict(card.options)
-    name, folder, seed = (options.pop(key, None) for key in ("variant", "folder", "random_seed"))
-    chosen: ModelOptions = settings(ModelOptions, options, "options")
+    chosen, cfg = _options(card)
     sampling: Sampling = settings(Sampling, card.sampling, "sampling")
-    if (name is None) == (folder is None):
-        raise UserError(f"{card.name}: give options.variant (with weights) or options.folder, one of the two")
-    cfg = read_config(folder) if folder is not None else variant(name)
+    folder, seed = card.options.get("folder"), card.options.get("random_seed")
     check_factors(chosen.image_scale_factors, cfg.unet.cross_attentions)
     schedule = diffusion.make_schedule(**dataclasses.asdict(cfg.diffusion))
     diffusion.ddim_steps(schedule, sampling.steps, sampling.spacing, sampling.eta)
