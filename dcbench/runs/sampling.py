@@ -11,7 +11,7 @@ from dcbench import machine, video
 from dcbench.catalogue import load_entry_point
 from dcbench.clips import pixels_sha256
 from dcbench.errors import UserError
-from dcbench.models.base import ChecksFirst, ImageToVideo, PreparesFirst, Request, check_generated
+from dcbench.models.base import ChecksFirst, ImageToVideo, PreparesFirst, Request, Wanted, check_generated, check_wanted
 from dcbench.progress import track
 from dcbench.ranks import barrier, join_ranks, on_first_rank, rank, world_size
 from dcbench.record import Case
@@ -30,6 +30,8 @@ def sample(run: Run, options: Options) -> None:
         if missing:
             _check_room(run, missing)
             runtime = options.runtime()
+            number = run.protocol.num_frames
+            check_wanted(run.model, [Wanted(case.id, number, case.fps, case.frame_stride) for case in missing])
             machine.forget_peak_memory()
             model: ImageToVideo = load_entry_point(run.model)(run.model, runtime)
             if isinstance(model, ChecksFirst):
