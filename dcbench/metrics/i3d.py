@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcbench.errors import UserError
-from dcbench.files import cache_dir, sha256_file
+from dcbench.files import cache_dir, remove_leftovers, sha256_file
 from dcbench.weights import MissingWeights, check_finite, load_tensors, save_tensors, tensors_sha256
 
 MIN_FRAMES = 9  # the last pool needs 2 of ceil(t / 8) time steps
@@ -222,6 +222,7 @@ def _read_package(path: Path) -> dict[str, Tensor]:
         )
     with path.open("rb") as file:
         state = convert_package_weights(_ArraysOnly(file).load())
+    remove_leftovers(converted.parent)
     save_tensors(state, converted)
     return state
 
