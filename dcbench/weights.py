@@ -1,24 +1,30 @@
 """Weight files: where they are stored, how they are fetched, and how they are read without running their code."""
 
+import contextlib
 import hashlib
 import os
 import pickle
 import re
 import shutil
+import sys
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dcbench import trust
 from dcbench.catalogue import WeightSource
 from dcbench.errors import UserError, first_line
 from dcbench.files import atomic_write, cache_dir, read_json, sha256_file
+
+BOMB = 100_000_000  # bytes; an archive may unpack to these and ten times its size
 
 
 class MissingWeights(UserError):
@@ -38,12 +44,21 @@ def human_size(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
+def place(source: WeightSource, folder: Path | None = None) -> Path:
+    """Where the file belongs, in `weights_dir()` or in `folder`. UserError for a name that leads out of there."""
+    folder, name = folder or weights_dir(), Path(source.name)
+    if name.is_absolute() or ".." in name.parts or not name.parts or name.parts[0].startswith("~"):
+        raise UserError(
+            f"the card's weights are called {source.name!r}, which does not lie below {folder}: give the file a plain "
+            "name in its card. A file elsewhere is given on the command line: --set options.checkpoint=PATH"
+        )
+    return folder / name
+
+
 def find(source: WeightSource) -> Path | None:
-    """The file if it exists: in `weights_dir()`, or with `source.name` as its path. Else None."""
-    for path in (weights_dir() / source.name, Path(source.name).expanduser()):
-        if path.is_file():
-            return path
-    return None
+    """The file if it exists in `weights_dir()`, else None."""
+    path = place(source)
+    return path if path.is_file() else None
 
 
 def describe(source: WeightSource) -> str:
@@ -69,31 +84,91 @@ def check_free(source: WeightSource, folder: Path) -> None:
 
 
 def fetch(source: WeightSource, offline: bool = False, to: Path | None = None) -> Path:
-    """The file's path. A missing file is downloaded (resumable) and checked; if `offline`, MissingWeights."""
+    """The file's path. A missing file is downloaded (resumable) and checked; if `offline`, MissingWeights.
+
+    A file that is there must be the pinned one, or the one of its first use: see `trust`.
+    """
     folder = to or weights_dir()
-    path = folder / source.name
+    path = place(source, folder)
     if path.is_file():
+        trust.check(source, path, folder)
         return path
-    here = find(source)
-    if here is not None and to is None:
-        return here
     if offline or not (source.repository or source.url):
-        place = "into $DCBENCH_WEIGHTS (~/.cache/dcbench/weights if that is not set)"
+        where = "into $DCBENCH_WEIGHTS (~/.cache/dcbench/weights if that is not set)"
         how = "dcbench weights fetch NAME, or --download, or put it " if source.repository or source.url else "put it "
         brief = f"{human_size(source.size)}, licence: {source.licence or 'not stated'}"
-        raise MissingWeights(f"{source.name} is missing ({brief}). Get it: {how}{place}\n  {describe(source)}")
-    if Path(source.name).is_absolute() or ".." in Path(source.name).parts:
-        raise UserError(f"{source.name}: a download must stay below {folder}; give the file a plain name in its card")
-    check_free(source, folder)
-    got = _download(source, folder)
-    if source.sha256 and (actual := sha256_file(got)) != source.sha256:
-        got.unlink()
-        raise UserError(
-            f"{source.name}: sha256 is {actual}, expected {source.sha256}; the download was removed. Try again."
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(got, path)
+        raise MissingWeights(f"{source.name} is missing ({brief}). Get it: {how}{where}\n  {describe(source)}")
+    with locked(folder, source.name):
+        if not path.is_file():  # another process may have fetched it meanwhile
+            check_free(source, folder)
+            got = _download(source, folder)
+            if source.sha256 and (actual := sha256_file(got)) != source.sha256:
+                got.unlink()
+                raise UserError(
+                    f"{source.name}: sha256 is {actual}, expected {source.sha256}; the download was removed. Try again."
+                )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(got, path)
+        trust.check(source, path, folder)
     return path
+
+
+@contextlib.contextmanager
+def locked(folder: Path, name: str) -> Iterator[None]:
+    """One process at a time fetches or unpacks `name`; the others wait, and find it there."""
+    path = folder / ".locks" / f"{name.replace('/', '-')}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        print(f"waiting for another process that fetches {name}", file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def unpack(archive: Path, into: Path) -> None:
+    """The files of a zip archive into a folder. UserError says what is wrong with another archive."""
+    again = "remove it and fetch it again"
+    try:
+        with zipfile.ZipFile(archive) as zipped:
+            members = zipped.infolist()
+            _check_members(members, archive)
+            for member in members:
+                zipped.extract(member, into)  # checks its CRC
+    except UserError:
+        raise
+    except NotImplementedError as error:
+        raise UserError(f"{archive} is compressed in a way that Python does not unpack ({error}); {again}") from error
+    except OSError as error:
+        raise UserError(f"{archive} cannot be unpacked into {into}: {error.strerror or error}") from error
+    except Exception as error:  # depends on the damage: BadZipFile, EOFError, zlib.error, RuntimeError ...
+        raise UserError(f"{archive} is damaged ({first_line(error)}); {again}") from error
+
+
+def _check_members(members: list[zipfile.ZipInfo], archive: Path) -> None:
+    """Raise UserError for members that are encrypted, lead out of the folder, collide, or are far too large."""
+    seen: set[Path] = set()
+    files: set[Path] = set()
+    for member in members:
+        path = Path(member.filename)
+        if path.is_absolute() or ".." in path.parts or "\\" in member.orig_filename:
+            raise UserError(f"{archive} holds {member.filename!r}, which leads out of its folder: it is not unpacked")
+        if member.flag_bits & 1:
+            raise UserError(f"{archive} is encrypted: unpack it by hand, or take another one")
+        if path in seen and not member.is_dir():
+            raise UserError(f"{archive} holds {member.filename!r} twice: it is not unpacked")
+        seen.add(path)
+        if not member.is_dir():
+            files.add(path)
+    if odd := [path for path in seen if files & set(path.parents)]:
+        raise UserError(f"{archive} holds {str(odd[0])!r} below a file: it is not unpacked")
+    size, limit = sum(member.file_size for member in members), 10 * archive.stat().st_size + BOMB
+    if size > limit:
+        raise UserError(f"{archive} would unpack to {human_size(size)}, which no weights do: it is not unpacked")
 
 
 def _download(source: WeightSource, folder: Path) -> Path:

@@ -21,13 +21,14 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from dcbench import trust
 from dcbench.catalogue import ModelCard, Scalar, WeightSource
 from dcbench.clips import TemporalPolicy, choose_in_time, resize, to_uint8
 from dcbench.errors import UserError, first_line, near_match
 from dcbench.facts import Facts, validate
 from dcbench.models.base import Request, Runtime, Wanted, checks_with
 from dcbench.seeding import generator
-from dcbench.weights import MissingWeights, check_free, describe
+from dcbench.weights import MissingWeights, check_free, describe, weights_dir
 
 Policy = Literal["squash", "pad", "crop", "same_area"]
 MINIMUM = (0, 42)  # the first that was tried; older ones overlook `dtype` and load everything in float32
@@ -347,12 +348,13 @@ def fetch_repository(source: WeightSource, card: ModelCard, offline: bool, to: P
     whole = source is card.weights[0]
 
     def get(local_files_only: bool) -> Path:
-        where = {"revision": source.revision or None, "cache_dir": cache, "local_files_only": local_files_only}
+        where = {"revision": first or source.revision or None, "cache_dir": cache, "local_files_only": local_files_only}
         if whole and not local_files_only:  # diffusers knows which of a repository's files its pipeline reads
             pipeline = _library().DiffusionPipeline
             return Path(pipeline.download(source.repository, variant=options.variant or None, **where))
         return Path(snapshot_download(source.repository, allow_patterns=["*.json", "*.safetensors"], **where))
 
+    first = trust.known(weights_dir(), source.name).get("commit")  # "main" moves; a first use stays what it was
     cached = None
     with _quiet(), contextlib.suppress(Exception):  # the hub raises dozens of types for "not in the cache"
         cached = get(local_files_only=True)
@@ -362,18 +364,28 @@ def fetch_repository(source: WeightSource, card: ModelCard, offline: bool, to: P
     )
     if offline or constants.HF_HUB_OFFLINE:
         if cached is None:
-            raise MissingWeights(f"weights are missing and this run is offline.\n  {describe(source)}\n  {place}")
-        return cached
+            at = f" of commit {first}, which was used first," if first else ""
+            raise MissingWeights(f"weights{at} are missing and this run is offline.\n  {describe(source)}\n  {place}")
+        return _remembered(cached, source)
     if cached is None:
         check_free(source, cache)
     try:
         with _quiet():
-            return get(local_files_only=False)  # continues what was interrupted; the hub falls back to its cache
+            # it continues what was interrupted; the hub falls back to its cache
+            return _remembered(get(local_files_only=False), source)
     except Exception as error:
         raise MissingWeights(
             f"could not download {source.repository}: {type(error).__name__}: {first_line(error)}\n"
             f"  {describe(source)}\n  {place}"
         ) from error
+
+
+def _remembered(folder: Path, source: WeightSource) -> Path:
+    """The folder of a repository in the hub's cache; its commit is written down at the first use."""
+    known = trust.known(weights_dir(), source.name)
+    if folder.parent.name == "snapshots" and "commit" not in known:
+        trust.write(weights_dir(), source.name, {"commit": folder.name})
+    return folder
 
 
 def _part_source(card: ModelCard, part: str) -> WeightSource:

@@ -25,6 +25,7 @@ from dcbench.models.dynamicrafter.pipeline import (
     settings,
 )
 
+PLACES = ("variant", "folder", "random_seed", "checkpoint")  # options that say which networks, not how they are run
 PACKAGE = Path(__file__).parent
 
 
@@ -42,7 +43,7 @@ def check_wanted(card: ModelCard, wanted: Sequence[Wanted]) -> None:
 
 
 def _options(card: ModelCard) -> tuple[ModelOptions, Config]:
-    options = {key: value for key, value in card.options.items() if key not in ("variant", "folder", "random_seed")}
+    options = {key: value for key, value in card.options.items() if key not in PLACES}
     chosen: ModelOptions = settings(ModelOptions, options, "options")
     name, folder = card.options.get("variant"), card.options.get("folder")
     if (name is None) == (folder is None):
@@ -56,6 +57,7 @@ def load(card: ModelCard, runtime: Runtime) -> DynamiCrafter:
 
     The card's options are those of `ModelOptions`, and one of these two:
     `variant`: a preset's name, with the card's [[weights]], or with `random_seed` for random weights, which make noise;
+    with a variant also `checkpoint`: the path of a file in place of the card's weights;
     `folder`: of config.json and weights.safetensors, as `dcbench train` writes them; below this package, or any path.
     """
     chosen, cfg = _options(card)
@@ -90,6 +92,8 @@ def _folder(folder: Any) -> Path:
 def _weights(card: ModelCard, folder: Any, offline: bool) -> Path:
     if folder is not None:
         return _folder(folder) / "weights.safetensors"
+    if checkpoint := card.options.get("checkpoint"):
+        return Path(str(checkpoint)).expanduser()
     if not card.weights:
         raise UserError(f"{card.name}: its card names no [[weights]]; options.random_seed tries it with random ones")
     return weights.fetch(card.weights[0], offline)
