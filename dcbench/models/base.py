@@ -1,5 +1,6 @@
 """The one interface of every image-to-video model."""
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,6 +116,28 @@ class ReportsSteps(Protocol):
     """A model that calls `on_step(done, all)` after each sampling step, unless it is None."""
 
     on_step: Callable[[int, int], None] | None
+
+
+class CutPrompts:
+    """Prompts that a text encoder does not read to their end: the first one is warned of, each is kept for the record.
+
+    `clip_facts`, by clip id, is added to the line of a clip.
+    """
+
+    def __init__(self) -> None:
+        self.clip_facts: dict[str, dict[str, str]] = {}
+
+    def note(self, model: str, clip_id: str, tokens: int, window: int, reader: str) -> None:
+        """Note a prompt of `tokens` tokens, of which `reader` reads the first `window`."""
+        if tokens <= window:
+            return
+        if not self.clip_facts:
+            warnings.warn(
+                f"{model}: the prompt of clip {clip_id} has {tokens} tokens; {reader} reads the first {window}. "
+                "The lines of the clips (`prompt_cut`) name all such prompts",
+                stacklevel=2,
+            )
+        self.clip_facts[clip_id] = {"prompt_cut": f"{reader} read {window} of {tokens} tokens"}
 
 
 def check_generated(clip: Tensor, request: Request, model: str) -> Tensor:

@@ -117,6 +117,7 @@ def _sample_batches(
                     "seconds": round(seconds / len(requests) + spent.get(request.clip_id, 0), 4),
                     "peak_memory_mb": round(machine.peak_memory_mb(), 1),
                     **facts,
+                    **getattr(model, "clip_facts", {}).get(request.clip_id, {}),
                 }
             )
         yield from (case.id for case in batch)

@@ -1,5 +1,6 @@
 """Pipelines of diffusers behind the one interface: real classes, real `from_pretrained`, random weights."""
 
+import dataclasses
 import importlib.util
 import json
 import logging
@@ -288,6 +289,22 @@ def test_parts_from_repositories_of_their_own_join_the_base(tmp_path):
     model = family.load(card, Runtime())
     assert type(model.pipeline.scheduler).__name__ == "EulerDiscreteScheduler"
     assert tuple(model.generate([request(card)])[0].shape) == (16, 3, 24, 40)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "window"),
+    [("ltx-video", [], 128), ("ltx-video", ["sampling.max_sequence_length=32"], 32), ("pia", [], 77)],
+)
+def test_a_prompt_longer_than_the_text_encoder_reads_is_told_and_kept(saved, name, settings, window):
+    card = tiny_card(name, saved(builder_of(find_model(name))), "sampling.steps=1", *settings)
+    model = family.load(card, Runtime())
+    asked = request(card)
+    model.generate([asked])
+    assert model.clip_facts == {}
+    long = dataclasses.replace(asked, clip_id="long", prompt="a " * 200)
+    with pytest.warns(UserWarning, match=rf"clip long has \d+ tokens; its text encoder reads the first {window}\b"):
+        model.generate([long])
+    assert model.clip_facts["long"]["prompt_cut"].startswith(f"its text encoder read {window} of ")
 
 
 def test_precision_is_the_card_s_and_recorded(saved):

@@ -26,7 +26,7 @@ from dcbench.catalogue import ModelCard, Scalar, WeightSource
 from dcbench.clips import TemporalPolicy, choose_in_time, resize, to_uint8
 from dcbench.errors import UserError, first_line, near_match
 from dcbench.facts import Facts, validate
-from dcbench.models.base import Request, Runtime, Wanted, checks_with
+from dcbench.models.base import CutPrompts, Request, Runtime, Wanted, checks_with
 from dcbench.seeding import generator
 from dcbench.weights import MissingWeights, check_free, describe, weights_dir
 
@@ -125,6 +125,8 @@ class Diffusers:
         self.card, self.options, self.pipeline, self.device, self.facts = card, options, pipeline, device, facts
         self.conditions_on: frozenset[str] = frozenset(card.conditions_on)
         self.arguments = sampling_arguments(card, options, type(pipeline))
+        self._cut = CutPrompts()
+        self.clip_facts = self._cut.clip_facts
 
     def generate(self, requests: Sequence[Request]) -> list[Tensor]:
         return [self._make(request) for request in requests]
@@ -147,6 +149,9 @@ class Diffusers:
         }
         if "prompt" in self.conditions_on:
             arguments["prompt"] = request.prompt
+            if window := self._window():
+                tokens = len(self.pipeline.tokenizer(request.prompt, truncation=False, verbose=False).input_ids)
+                self._cut.note(self.card.name, request.clip_id, tokens, window, "its text encoder")
         if self.options.fps_argument:
             arguments[self.options.fps_argument] = fps
         what = f"{self.options.pipeline} on clip {request.clip_id}"
@@ -163,6 +168,16 @@ class Diffusers:
         clip = frames_to_uint8(made, what)
         kept = _frames(self.card, self.options, len(clip), request.num_frames, request.fps)
         return from_working(clip[kept], *size, self.options.resize)
+
+    def _window(self) -> int | None:
+        """Tokens of a prompt that the pipeline's first text encoder reads; None without a limit."""
+        tokenizer = getattr(self.pipeline, "tokenizer", None)
+        taken = inspect.signature(type(self.pipeline).__call__).parameters
+        if tokenizer is None:
+            return None
+        if "max_sequence_length" in taken:
+            return self.arguments.get("max_sequence_length", taken["max_sequence_length"].default)
+        return tokenizer.model_max_length
 
 
 def _rate(card: ModelCard, asked: float) -> float:

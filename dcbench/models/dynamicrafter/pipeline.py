@@ -7,7 +7,6 @@ noise generator a clip, so that a clip does not depend on its batch.
 import contextlib
 import dataclasses
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -19,7 +18,7 @@ from dcbench import clips
 from dcbench.catalogue import ModelCard
 from dcbench.errors import UserError, near_match
 from dcbench.models import diffusion
-from dcbench.models.base import Request, Runtime
+from dcbench.models.base import CutPrompts, Request, Runtime
 from dcbench.models.diffusion import Guidance, Schedule
 from dcbench.models.dynamicrafter import conditioning
 from dcbench.models.dynamicrafter.config import Config
@@ -154,6 +153,8 @@ class DynamiCrafter:
         self.empty_tokens = conditioning.tokenize([""], self.cfg.clip)
         self.on_step: Progress | None = None
         self._unconditional: dict[str, Tensor] = {}
+        self._cut = CutPrompts()
+        self.clip_facts = self._cut.clip_facts
 
     @property
     def image_scale(self) -> ImageScale:
@@ -265,10 +266,8 @@ class DynamiCrafter:
                     f"clip {request.clip_id}: {self.card.name} fills in between two images and needs an end image. "
                     "For one image take dynamicrafter, dynamicrafter-512 or dynamicrafter-1024."
                 )
-            if (count := conditioning.count_tokens(request.prompt)) > self.cfg.clip.context_length:
-                warnings.warn(
-                    f"a prompt has {count} tokens; CLIP reads the first {self.cfg.clip.context_length}", stacklevel=2
-                )
+            count = conditioning.count_tokens(request.prompt)
+            self._cut.note(self.card.name, request.clip_id, count, self.cfg.clip.context_length, "CLIP")
         images = torch.cat([clips.to_float(clips.resize(request.image[None], *size)) for request in requests])
         ends = None
         if self.cfg.interpolates:
