@@ -4,13 +4,15 @@
 again only when they change; and for each repository of the hub its commit.
 """
 
-import json
+import contextlib
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from dcbench.catalogue import WeightSource
 from dcbench.errors import UserError
-from dcbench.files import atomic_write, read_json, sha256_file
+from dcbench.files import read_json, sha256_file, write_json
 
 RECORD = "trusted.json"
 
@@ -46,15 +48,15 @@ def _stamp(path: Path) -> list[int]:
 
 def write(folder: Path, name: str, value: dict[str, Any] | None) -> None:
     """Write down what is known of a file or repository; None forgets it. A folder that is read-only stays as it is."""
-    record = _read(folder)
-    record.pop(name, None)
-    if value is not None:
-        record[name] = value
-    try:
-        with atomic_write(folder / RECORD) as temporary:
-            temporary.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    except PermissionError:
-        return
+    lock = folder / ".locks" / f"{RECORD}.lock"
+    with contextlib.suppress(PermissionError):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock):  # processes may write down several files at once
+            record = _read(folder)
+            record.pop(name, None)
+            if value is not None:
+                record[name] = value
+            write_json(folder / RECORD, dict(sorted(record.items())))
 
 
 def _read(folder: Path) -> dict[str, Any]:
