@@ -16,12 +16,22 @@ from dcbench import video
 from dcbench.catalogue import ModelCard, cards, load_entry_point
 from dcbench.errors import UserError, first_line, near_match
 from dcbench.files import read_bytes
-from dcbench.models.base import ImageToVideo, ReportsSteps, Request, Runtime, TakesMotion, check_generated
+from dcbench.models.base import (
+    ImageToVideo,
+    ReportsSteps,
+    Request,
+    Runtime,
+    TakesMotion,
+    Wanted,
+    check_generated,
+    check_wanted,
+)
 from dcbench.pictures import read_image
 from dcbench.progress import track
 from dcbench.seeding import clip_seed
 
-FPS = 8.0  # of the released files
+FPS = 8.0  # of the released DynamiCrafter files; for a card that names no rate
+DEFAULT_FRAMES = 16  # for a card that names no number
 SCENE_KEYS = ("image", "prompt", "end_image", "seed")
 
 
@@ -97,14 +107,15 @@ def animate(
     loop: bool = False,
     seed: int = 123,
     num: int = 1,
-    fps: float = FPS,
+    fps: float | None = None,
     motion: int | None = None,
     quiet: bool = False,
 ) -> list[Path]:
     """Write `num` videos of one picture, each from its own noise; returns their paths (out, or out-1, out-2, ...).
 
-    `fps` is the speed of playing. `motion` is the model's own condition: the frame stride of the 256 model (1-6, more
-    is more motion), frames per second of the others (fewer is more motion); None = the released value.
+    `fps` is the speed of playing; None = that of the model's card. `motion` is the model's own condition: the frame
+    stride of the 256 model (1-6, more is more motion), frames per second of the others (fewer is more motion); None =
+    the released value.
     """
     if loop and end_image is not None:
         raise UserError("--loop ends where it began: leave out --end-image, or --loop")
@@ -112,8 +123,10 @@ def animate(
         raise UserError(f"--num {num}: give 1 or more")
     first = read_image(image)
     last = first if loop else None if end_image is None else read_image(end_image)
+    fps = fps if fps is not None else card.clip.fps or FPS
     _check_out(out, fps)
     _check_ends(card, last is not None, "a loop" if loop else "a clip between two pictures")
+    _check_card(card, fps, motion)
     names = [out] if num == 1 else [out.with_stem(f"{out.stem}-{k}") for k in range(1, num + 1)]
     model = load_entry_point(card)(card, runtime or Runtime())
     for number, path in enumerate(names):
@@ -136,10 +149,11 @@ def tell(
 ) -> Path:
     """Write one video of a story's scenes, one after another; `fps` goes before the story's own."""
     scenes, own_fps = read_story(story)
-    fps = fps if fps is not None else own_fps if own_fps is not None else FPS
+    fps = fps if fps is not None else own_fps if own_fps is not None else card.clip.fps or FPS
     _check_out(out, fps)
     for number, scene in enumerate(scenes, 1):
         _check_ends(card, scene.end_image is not None, f"scene {number}")
+    _check_card(card, fps, motion)
     model = load_entry_point(card)(card, runtime or Runtime())
     clips: list[Tensor] = []
     for number, scene in enumerate(scenes):
@@ -151,10 +165,23 @@ def tell(
     return out
 
 
+def _check_card(card: ModelCard, fps: float, motion: int | None) -> None:
+    """Raise UserError for what the model cannot make, before its weights are read."""
+    check_wanted(card, [Wanted("animation", None, fps, motion=motion)])
+
+
 def make(model: ImageToVideo, scene: Scene, image: Tensor, fps: float, motion: int | None, what: str | None) -> Tensor:
     """The clip of a scene that begins with `image`; uint8 [t, 3, h, w]. `what` names it in the progress shown."""
-    frames = model.card.clip.frames or 16
-    request = Request("animation", image, scene.prompt, frames, fps, None, scene.seed or 0, scene.end_image)
+    request = Request(
+        "animation",
+        image,
+        scene.prompt,
+        model.card.clip.frames or DEFAULT_FRAMES,
+        fps,
+        None,
+        scene.seed or 0,
+        scene.end_image,
+    )
     if isinstance(model, TakesMotion):
         request = model.with_motion(request, motion)
     elif motion is not None:

@@ -74,7 +74,9 @@ class Card(Facts):
     entry_point: str = ""  # "module:function"; "" = not available, `unavailable` says why
     unavailable: str = ""
     options: dict[str, Any] = {}  # the entry point's options and their defaults
-    settable: tuple[str, ...] = ()  # other keys that `--set` accepts, such as "options.vdg"; the entry point checks
+    settable: tuple[
+        str, ...
+    ] = ()  # other keys that `--set` accepts: "options.vdg", "sampling.*"; the entry point checks
     weights: tuple[WeightSource, ...] = ()
 
     @property
@@ -299,7 +301,8 @@ def with_overrides(card: CardT, settings: list[str]) -> CardT:
         table = data
         for parent in parents:
             table = table.get(parent) if isinstance(table, dict) else None
-        if isinstance(table, dict) and last not in table and key.strip() in card.settable:
+        open_table = ".".join([*parents, "*"])
+        if isinstance(table, dict) and last not in table and {key.strip(), open_table} & {*card.settable}:
             table[last] = None
         if not isinstance(table, dict) or last not in table:
             allowed = [f"{name}.{inner}" for name in ("sampling", "options", "clip") for inner in data.get(name) or {}]

@@ -4,6 +4,8 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
+import re
 import stat
 import sys
 import tempfile
@@ -21,6 +23,7 @@ def _umask() -> int:
     return mask
 
 
+_HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:6]
 MODE = 0o666 & ~_umask()
 
 
@@ -51,7 +54,8 @@ def optional_cache() -> Iterator[None]:
 def atomic_write(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`. It replaces `path` if the block succeeds, and is removed if it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", suffix=path.suffix, dir=path.parent)
+    prefix = f".{path.name[:150]}-{_HOST}-{os.getpid()}-"  # whose it is: see `remove_leftovers`
+    handle, name = tempfile.mkstemp(prefix=prefix, suffix=path.suffix, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -62,6 +66,30 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> list[Path]:
+    """Remove what `atomic_write` left in a folder when its process was killed; returns the paths.
+
+    What a living process of this machine writes stays, and so does what another machine has written.
+    """
+    removed = []
+    for path in folder.glob(f".*-{_HOST}-*"):
+        found = re.fullmatch(rf"\..+-{_HOST}-(\d+)-\w{{8}}(\..*)?", path.name)
+        if found and not _alive(int(found[1])):
+            path.unlink(missing_ok=True)
+            removed.append(path)
+    return removed
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # of another user
+        return True
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,6 +1,9 @@
 """Picture files of every kind -> uint8 RGB. A kind whose white is not known is refused, and never guessed."""
 
+import contextlib
 import io
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +11,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from dcbench.errors import UserError
+from dcbench.errors import UserError, first_line
 from dcbench.files import read_bytes
 
 
@@ -16,7 +19,7 @@ def read_image(path: Path) -> Tensor:
     """A picture file -> uint8 [3, h, w]; turned as its camera says, transparency over white."""
     data = io.BytesIO(read_bytes(path))
     try:
-        with Image.open(data) as file:
+        with _without_bombs(), Image.open(data) as file:
             picture = ImageOps.exif_transpose(file)
             if picture.mode.startswith(("I", "F")):
                 picture = _grey(picture, file.format)
@@ -26,9 +29,17 @@ def read_image(path: Path) -> Tensor:
             array = np.array(picture.convert("RGB"))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} is no picture that can be read: {error}") from error
+    except Exception as error:  # depends on the damage
+        raise UserError(f"{path} is no picture that can be read: {first_line(error)}") from error
     return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+
+
+@contextlib.contextmanager
+def _without_bombs() -> Iterator[None]:
+    """A picture of more than 89 million pixels is an error; Pillow only warns up to twice as many."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
 
 
 def _grey(picture: Image.Image, kind: str | None) -> Image.Image:

@@ -12,6 +12,7 @@ from PIL import Image
 from dcbench import animate, video, weights
 from dcbench.catalogue import Condition, ModelCard, find_model
 from dcbench.errors import UserError
+from dcbench.models.base import Runtime
 from dcbench.models.dynamicrafter.config import VARIANTS, Config
 from dcbench.models.dynamicrafter.networks import Networks
 
@@ -129,8 +130,49 @@ def test_mistakes_are_told_before_the_model_is_loaded(card: ModelCard, picture: 
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(UserError, match="no picture that can be read"):
         animate.animate(nowhere, tmp_path / "text.png", "", tmp_path / "a.mp4")
-    with pytest.raises(UserError, match="frame_stride of 1 to 6"):
+    (Path(card.options["folder"]) / "weights.safetensors").unlink()
+    with pytest.raises(UserError, match=r"--motion asks for a frame_stride of 60: small was trained with .* 1 to 6"):
         animate.animate(card, picture, "", tmp_path / "a.mp4", motion=60)
+
+
+OWN = """
+import torch
+from dcbench.models.base import checks_with
+
+def check(card, wanted):
+    if [one.fps for one in wanted] != [25.0]:
+        raise ValueError(f"fps of {wanted}")
+
+class Model:
+    conditions_on = frozenset({"image", "prompt"})
+    def __init__(self, card, runtime):
+        self.card = card
+    def generate(self, requests):
+        assert [request.fps for request in requests] == [25.0]
+        return [torch.zeros(request.num_frames, 3, 16, 16, dtype=torch.uint8) for request in requests]
+
+load = checks_with(check)(Model)
+"""
+
+
+def test_a_video_plays_at_the_rate_of_the_models_card(picture: Path, tmp_path: Path):
+    """LTX-Video asks for 25 fps: at another rate its frames do not hold what is wanted."""
+    (tmp_path / "own.py").write_text(OWN)
+    own = {"entry_point": f"{tmp_path / 'own.py'}:load"}
+    card = find_model("ltx-video").model_copy(update=own)
+    card = card.model_copy(update={"clip": card.clip.model_copy(update={"frames": 9})})
+    (out,) = animate.animate(card, picture, "", tmp_path / "a.mkv", quiet=True)
+    assert video.read_clip(out)[1] == pytest.approx(25)
+    (tmp_path / "story.yaml").write_text("scenes:\n- {image: photo.png}\n")
+    assert video.read_clip(animate.tell(card, tmp_path / "story.yaml", tmp_path / "b.mkv", quiet=True))[1] == 25
+
+
+@pytest.mark.parametrize("name", ["ltx-video", "wan2.1-i2v-480p", "hunyuanvideo-i2v", "skyreels-v2-i2v"])
+def test_a_rate_that_the_model_cannot_make_is_refused_before_the_weights(name: str, picture: Path, tmp_path: Path):
+    with pytest.raises(UserError, match=r"do not hold .* at 8 fps"):
+        animate.animate(find_model(name), picture, "", tmp_path / "a.mp4", fps=8, runtime=Runtime(offline=True))
+    with pytest.raises(UserError, match=r"--motion: .* has no such condition"):
+        animate.animate(find_model(name), picture, "", tmp_path / "a.mp4", motion=3)
 
 
 def test_pictures_of_every_kind(tmp_path: Path):

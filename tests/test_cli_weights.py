@@ -60,10 +60,32 @@ def test_fetch_shows_size_and_licence_first_and_verify_tells_right_from_wrong(ca
     assert said.index("Mine: for tests") < said.index("licence: BSD") < said.index("lies at")
     assert (weights_dir() / "mine.bin").read_bytes() == BODY
     assert dcbench(monkeypatch, "weights", "verify", card) == 0
-    assert "right" in capsys.readouterr().out
+    assert "pinned" in capsys.readouterr().out
     (weights_dir() / "mine.bin").write_bytes(BODY[:-1])
     assert dcbench(monkeypatch, "weights", "verify", card) == 1
     assert "WRONG" in capsys.readouterr().out
+
+
+def test_verify_tells_pinned_trusted_and_changed_and_accepts_by_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DCBENCH_WEIGHTS", str(tmp_path / "weights"))
+    card = tmp_path / "free.toml"
+    card.write_text('name = "free"\ntitle = "F"\nsummary = "x"\n[[weights]]\nname = "free.bin"\n')
+
+    def verify(*arguments: str) -> tuple[int, str]:
+        code = dcbench(monkeypatch, "weights", "verify", *arguments)
+        return code, capsys.readouterr().out.split()[0]
+
+    file = weights_dir() / "free.bin"
+    file.write_bytes(BODY)
+    assert verify(str(card)) == (0, "new") and verify(str(card)) == (0, "trusted")
+    file.write_bytes(BODY[1:])
+    assert verify(str(card)) == (1, "CHANGED") and verify(str(card)) == (1, "CHANGED")
+    assert verify(str(card), "--accept") == (0, "new") and verify(str(card)) == (0, "trusted")
+    assert dcbench(monkeypatch, "weights", "verify", "--accept") == 2
+    assert "needs the name" in capsys.readouterr().err
+    (weights_dir() / "vith16.pth.tar").write_bytes(BODY)  # of the metric jedi; without a name all that is here
+    assert dcbench(monkeypatch, "weights", "verify") == 0
+    assert "vith16.pth.tar" in capsys.readouterr().out
 
 
 def test_fetch_to_a_folder_says_where_to_put_it(card, monkeypatch, capsys, tmp_path):

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "dcbench"
 LEVELS = {
     "errors": 0, "version": 0, "escape": 0, "facts": 1, "files": 1, "shapes": 4,
     "catalogue": 2, "record": 2, "progress": 1, "seeding": 1,
-    "clips": 3, "weights": 3, "machine": 3, "protocol": 3, "pictures": 3,
+    "clips": 3, "trust": 3, "weights": 4, "machine": 3, "protocol": 3, "pictures": 3,
     "video_files": 3, "video_worker": 3, "video_processes": 3, "video": 4,
     "models": 5, "datasets": 5, "metrics": 5,
     "ranks": 6, "runs": 8, "animate": 7, "training": 7, "reports": 10,

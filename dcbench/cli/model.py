@@ -19,7 +19,9 @@ def animate(
     story: Annotated[Path | None, typer.Option("--story", help="A YAML file of scenes, joined into one video.")] = None,
     num: Annotated[int, typer.Option("--num", help="Number of videos, each with its own noise.")] = 1,
     seed: Seed = 123,
-    fps: Annotated[float | None, typer.Option("--fps", help="Frames per second of the video.")] = None,
+    fps: Annotated[
+        float | None, typer.Option("--fps", help="Frames per second of the video. Default: the model's own.")
+    ] = None,
     motion: Annotated[
         int | None, typer.Option("--motion", help="The model's motion condition: frame stride (256) or fps (others).")
     ] = None,
@@ -51,7 +53,7 @@ def animate(
             loop=loop,
             seed=seed,
             num=num,
-            fps=animate.FPS if fps is None else fps,
+            fps=fps,
             motion=motion,
         )
     print("\n".join(str(path) for path in paths))

@@ -96,28 +96,62 @@ def fetch(
 
 
 @weights.command("verify")
-def verify(name: Name) -> None:
-    """Check files against their published SHA-256. Exit code 1 if one is wrong or missing."""
-    from dcbench.files import sha256_file
-    from dcbench.weights import human_size
-
-    card, wrong = _find(name), False
-    for source in card.weights:
-        path = _place(source)
-        if path is None:
-            print(f"missing   {source.name}: dcbench weights fetch {card.name}")
-            wrong = True
-        elif path.is_dir():
-            print(f"here      {source.name}: {path}; its publisher gives no checksum of the whole repository")
-        else:
-            found = sha256_file(path)
-            size = human_size(path.stat().st_size)
-            if not source.sha256:
-                print(f"unknown   {source.name} ({size}): sha256 {found}; no checksum is published to compare with")
-            elif found == source.sha256:
-                print(f"right     {source.name} ({size}): sha256 {found}")
-            else:
-                print(f"WRONG     {source.name} ({size}): sha256 {found}, expected {source.sha256}; remove {path}")
-                wrong = True
-    if wrong:
+def verify(
+    name: Annotated[str | None, typer.Argument(help="A model or a metric. Default: all that are here.")] = None,
+    accept: Annotated[
+        bool,
+        typer.Option("--accept", help="Trust what is here now, in place of what was first here."),
+    ] = False,
+) -> None:
+    """Check files against the SHA-256 of their card, or else of their first use. Exit code 1 if one is wrong."""
+    if name is not None:
+        sources = list(_find(name).weights)
+    elif accept:
+        raise UserError("--accept needs the name of a model or a metric: what is accepted is named")
+    else:
+        found = {s.name: s for kind in ("models", "metrics") for card in cards(kind).values() for s in card.weights}
+        sources = [source for source in found.values() if _place(source) is not None]
+    states = [_verified(source, accept) for source in sources]
+    if not sources:
+        print("no weights are here; `dcbench weights list` shows what is needed")
+    print(
+        "pinned = by the card; trusted = as at its first use here; CHANGED = not so: bring the first one back, or "
+        "accept this one: dcbench weights verify NAME --accept"
+    )
+    if {"missing", "WRONG", "CHANGED"} & set(states):
         raise typer.Exit(1)
+
+
+def _verified(source: WeightSource, accept: bool) -> str:
+    """Print the state of one file or repository, and return its first word."""
+    from dcbench import trust
+    from dcbench.files import sha256_file
+    from dcbench.weights import human_size, weights_dir
+
+    path, folder = _place(source), weights_dir()
+    known = trust.known(folder, source.name)
+    if accept and not source.sha256 and path is not None:
+        trust.write(folder, source.name, None)
+        known = {}
+    if path is None:
+        state, said = "missing", f"{source.name}: `dcbench weights list` says who needs it, and `fetch` gets it"
+    elif path.is_dir():
+        first = known.get("commit")
+        state = "CHANGED" if first and first != path.name else "trusted" if first else "new"
+        said = f"{source.name}: commit {path.name}{f', at first {first}' if state == 'CHANGED' else ''}"
+        if not first:
+            trust.write(folder, source.name, {"commit": path.name})
+    else:
+        found, size = sha256_file(path), human_size(path.stat().st_size)
+        said = f"{source.name} ({size}): sha256 {found}"
+        if source.sha256:
+            state = "pinned" if found == source.sha256 else "WRONG"
+            said += "" if state == "pinned" else f", expected {source.sha256}; remove {path}"
+        else:
+            first = known.get("sha256")
+            state = "new" if first is None else "trusted" if first == found else "CHANGED"
+            said += f", at first {first}" if state == "CHANGED" else ""
+            if first is None:
+                trust.check(source, path, folder)
+    print(f"{state:<8}  {said}{'; written down as the first one' if state == 'new' else ''}")
+    return state

@@ -5,6 +5,7 @@ the highest value. clip_image: mean of cos(input image, frame). All three share 
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -14,12 +15,14 @@ from torch import Tensor
 
 from dcbench.catalogue import MetricCard
 from dcbench.errors import UserError, near_match
-from dcbench.metrics.base import ClipMetric, FeatureExtractor, View
+from dcbench.metrics.base import ClipMetric, FeatureExtractor, Observations, View
 from dcbench.metrics.i3d import is_torchscript, load_torchscript
 from dcbench.metrics.per_clip import RememberedFrames, cosine, to_pil
-from dcbench.weights import fetch, load_tensors, tensors_sha256
+from dcbench.record import Score
+from dcbench.weights import check_finite, fetch, load_tensors, tensors_sha256
 
 Kind = Literal["text", "frames", "image"]
+UNREAD = "tokens_not_read"  # of a prompt; in a row only where there are any
 
 
 def load_clip(path: Path) -> dict[str, Tensor]:
@@ -29,7 +32,9 @@ def load_clip(path: Path) -> dict[str, Tensor]:
         state = {k: v for k, v in state.items() if k not in ("input_resolution", "context_length", "vocab_size")}
     else:
         state = load_tensors(path)
-    return {name.removeprefix("module."): value.float() for name, value in state.items()}
+    state = {name.removeprefix("module."): value.float() for name, value in state.items()}
+    check_finite(state, path)
+    return state
 
 
 class CLIPEncoder(FeatureExtractor):
@@ -66,7 +71,8 @@ class CLIPEncoder(FeatureExtractor):
         except RuntimeError as error:
             raise UserError(f"{path} does not fit {model}: {str(error).splitlines()[1].strip()[:200]}") from error
         self.network.to(device).requires_grad_(False)
-        self.tokenizer = open_clip.get_tokenizer(model)
+        self.tokenizer: Any = open_clip.get_tokenizer(model)
+        self.window = int(described.get("text_cfg", {}).get("context_length", 77))
         size = described.get("vision_cfg", {}).get("image_size", 224)
         self.transform: Any = open_clip.image_transform(size, is_train=False)
         self.name = f"open_clip {model} ({'QuickGELU' if quick else 'GELU'})"
@@ -82,6 +88,11 @@ class CLIPEncoder(FeatureExtractor):
         """uint8 [3 h w] each -> float32 [n d]"""
         pixels = torch.stack([self.transform(to_pil(frame)) for frame in frames])
         return self.network.encode_image(pixels.to(self.device))
+
+    def unread(self, prompt: str) -> int:
+        """Tokens of the prompt beyond those that the text tower reads; 0 where the tokenizer does not count them."""
+        encode = getattr(self.tokenizer, "encode", None)
+        return max(0, len(encode(prompt)) + 2 - self.window) if encode else 0  # with a start and an end mark
 
     @torch.inference_mode()
     def embed_text(self, prompt: str) -> Tensor:
@@ -111,7 +122,21 @@ class SimilarityMetric(ClipMetric):
             per_frame = cosine(self.extractor.remembered([view.need("image")]), frames)
         else:
             per_frame = cosine(frames[:-1], frames[1:])
-        return {"value": float(per_frame.mean()), "per_frame": per_frame.tolist()}
+        row = {"value": float(per_frame.mean()), "per_frame": per_frame.tolist()}
+        if self.kind == "text" and (unread := self.extractor.unread(view.need("prompt"))):
+            row[UNREAD] = unread
+        return row
+
+    def score(self, seen: Observations) -> Score:
+        """The mean; a warning counts the prompts that CLIP does not read to their end."""
+        cut = sum(UNREAD in row for row in seen.generated)
+        rows = [{key: value for key, value in row.items() if key != UNREAD} for row in seen.generated]
+        score = super().score(replace(seen, generated=rows))
+        if cut:
+            window = self.extractor.window
+            said = f"{cut} of {len(rows)} prompts are longer than the {window} tokens that CLIP reads; the rest is cut"
+            score.warnings = [*score.warnings, said]
+        return score
 
 
 @cache

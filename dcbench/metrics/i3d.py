@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcbench.errors import UserError
-from dcbench.files import cache_dir, optional_cache, sha256_file
-from dcbench.weights import MissingWeights, load_tensors, save_tensors, tensors_sha256
+from dcbench.files import cache_dir, optional_cache, remove_leftovers, sha256_file
+from dcbench.weights import MissingWeights, check_finite, load_tensors, save_tensors, tensors_sha256
 
 MIN_FRAMES = 9  # the last pool needs 2 of ceil(t / 8) time steps
 PACKAGE_SHA256 = "af5c50f0df57cc48c82fb990ea903796e001d6f57fe33d9ad5c219db4fb5aebd"
@@ -226,6 +226,7 @@ def _read_package(path: Path) -> dict[str, Tensor]:
         state = convert_package_weights(_ArraysOnly(file).load())
     with optional_cache():
         if converted is not None:
+            remove_leftovers(converted.parent)
             save_tensors(state, converted)
     return state
 
@@ -240,6 +241,7 @@ def load_i3d(path: Path | None = None) -> tuple[nn.Module, str]:
     if is_torchscript(path):
         return TorchScriptI3d(path), sha256_file(path)
     state = _read_package(path) if path.suffix == ".ckpt" else load_tensors(path)
+    check_finite(state, path)
     network = InceptionI3d()
     own = network.state_dict()
     state = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
@@ -267,9 +269,11 @@ def load_torchscript(path: Path) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is deprecated
         try:
-            return torch.jit.load(path, map_location="cpu")
+            module: Any = torch.jit.load(path, map_location="cpu")
         except RuntimeError as error:
             raise UserError(f"{path} is not a readable TorchScript file: {str(error).splitlines()[0]}") from error
+    check_finite(module.state_dict(), path)
+    return module
 
 
 class TorchScriptI3d(nn.Module):

@@ -9,7 +9,6 @@ import pickle
 import shutil
 import tempfile
 import warnings
-import zipfile
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -19,11 +18,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dcbench import trust
 from dcbench.catalogue import MetricCard, WeightSource
 from dcbench.errors import UserError, near_match
 from dcbench.metrics.base import ClipMetric, FeatureExtractor, View
 from dcbench.metrics.per_clip import RememberedFrames, cosine, to_pil
-from dcbench.weights import fetch, load_tensors, tensors_sha256, weights_dir
+from dcbench.weights import check_finite, fetch, load_tensors, locked, tensors_sha256, unpack, unsafe, weights_dir
 
 REQUIRED = {
     "ensemble": (
@@ -50,20 +50,29 @@ def dreamsim_folder(kind: str, sources: Sequence[WeightSource], offline: bool) -
     if all((folder / name).exists() for name in REQUIRED[kind]):
         return folder
     archive = fetch(_source(f"dreamsim-{kind}.zip", sources), offline)
+    with locked(weights_dir(), f"dreamsim-{kind}"):
+        if not all((folder / name).exists() for name in REQUIRED[kind]):  # another process may have unpacked it
+            _unpack_whole(archive, folder, kind)
+    return folder
+
+
+def _unpack_whole(archive: Path, folder: Path, kind: str) -> None:
+    """Unpack beside `folder`, then put it in its place: it is there whole, or not at all."""
+    for left in weights_dir().glob(f".dreamsim-{kind}-*"):  # by a killed process: this one holds the lock
+        shutil.rmtree(left, ignore_errors=True)
     partial = Path(tempfile.mkdtemp(prefix=f".dreamsim-{kind}-", dir=weights_dir()))
     try:
-        with zipfile.ZipFile(archive) as zipped:
-            zipped.extractall(partial)  # checks the CRC of every member, and writes only inside the folder
+        unpack(archive, partial)
         missing = [name for name in REQUIRED[kind] if not (partial / name).exists()]
         if missing:
             raise UserError(f"{archive} holds no {missing[0]}: it is not DreamSim's archive for {kind}")
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise UserError(f"{archive} is damaged ({error}); remove it and fetch it again") from error
+    except UserError:
+        trust.write(weights_dir(), archive.name, None)  # what is put in its place is another first one
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return folder
 
 
 def _source(name: str, sources: Sequence[WeightSource]) -> WeightSource:
@@ -125,13 +134,14 @@ class DreamSimEmbedder(FeatureExtractor):
                 )[0]
             except (OSError, KeyError, RuntimeError, TypeError, pickle.UnpicklingError, EOFError) as error:
                 raise UserError(
-                    f"DreamSim {kind} cannot be loaded from {folder}: {type(error).__name__}: {error}. "
+                    f"DreamSim {kind} cannot be loaded from {folder}: {type(error).__name__}: {unsafe(error)}. "
                     "Remove the folder and fetch it again."
-                ) from error
+                ) from None
         state = {name: value for name, value in self.network.state_dict().items() if isinstance(value, Tensor)}
         for index, extractor in enumerate(self.network.base_model.model.extractor_list):
             if isinstance(getattr(extractor, "proj", None), Tensor):  # a plain attribute, not in the state dict
                 state[f"proj.{index}"] = extractor.proj
+        check_finite(state, folder)
         self.weights_sha256 = tensors_sha256(state)
         self.num_features = int(self.network.embed_size)
         self.device = device

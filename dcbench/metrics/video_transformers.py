@@ -26,7 +26,7 @@ from dcbench.metrics.design import Groups
 from dcbench.metrics.distances import score_frechet
 from dcbench.metrics.extractors import to_square
 from dcbench.record import Score
-from dcbench.weights import fetch, tensors_sha256
+from dcbench.weights import check_finite, fetch, read_file, tensors_sha256
 
 
 @dataclass(frozen=True)
@@ -181,11 +181,7 @@ class VJEPA(nn.Module):
 
 def load_section(path: Path, sections: Sequence[str]) -> dict[str, Tensor]:
     """The tensors of a PyTorch file under the first of `sections` that it has. No code in the file is executed."""
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the type depends on the damage
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} cannot be loaded safely: {first}. Fetch it again") from error
+    loaded = read_file(path)
     for name in sections:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(name), Mapping):
             loaded = loaded[name]
@@ -209,6 +205,7 @@ def fill(network: nn.Module, state: dict[str, Tensor], path: Path, ignored: tupl
     if odd:
         found = list(state[odd[0]].shape) if odd[0] in state else "missing"
         raise UserError(f"{path} does not fit: {len(odd)} tensors differ, first {odd[0]} ({found})")
+    check_finite(state, path)
     network.load_state_dict(state)
 
 

@@ -1,14 +1,15 @@
 """The one interface of every image-to-video model."""
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from dcbench.catalogue import ModelCard
+from dcbench.catalogue import ModelCard, load_entry_point
 from dcbench.errors import UserError
 
 
@@ -25,6 +26,37 @@ class Request:
     seed: int
     end_image: Tensor | None = None  # uint8 [3, h, w]
     reference: Tensor | None = None  # uint8 [t, 3, h, w]; only for models that condition on "reference"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a request will ask for, known before the model is loaded and before a picture is read."""
+
+    clip_id: str
+    num_frames: int | None  # None: as many as the model makes
+    fps: float
+    frame_stride: int | None = None
+    motion: int | Literal["clip"] | None = "clip"  # "clip": that of the clip to make; None: the model's usual one
+
+
+CardCheck = Callable[[ModelCard, Sequence[Wanted]], None]
+
+
+def checks_with(check: CardCheck) -> Callable[[Callable[..., Any]], Any]:
+    """Decorator of an entry point: `check` raises UserError if a model of this card cannot make what is wanted."""
+
+    def mark(load: Callable[..., Any]) -> Any:
+        setattr(load, "check_wanted", check)  # noqa: B010 (a function has no such attribute for a type checker)
+        return load
+
+    return mark
+
+
+def check_wanted(card: ModelCard, wanted: Sequence[Wanted]) -> None:
+    """Raise UserError for what the model of a card cannot make: cheap, so it comes before the weights are read."""
+    check: CardCheck | None = getattr(load_entry_point(card), "check_wanted", None)
+    if check is not None:
+        check(card, wanted)
 
 
 @dataclass(frozen=True)
@@ -84,6 +116,28 @@ class ReportsSteps(Protocol):
     """A model that calls `on_step(done, all)` after each sampling step, unless it is None."""
 
     on_step: Callable[[int, int], None] | None
+
+
+class CutPrompts:
+    """Prompts that a text encoder does not read to their end: the first one is warned of, each is kept for the record.
+
+    `clip_facts`, by clip id, is added to the line of a clip.
+    """
+
+    def __init__(self) -> None:
+        self.clip_facts: dict[str, dict[str, str]] = {}
+
+    def note(self, model: str, clip_id: str, tokens: int, window: int, reader: str) -> None:
+        """Note a prompt of `tokens` tokens, of which `reader` reads the first `window`."""
+        if tokens <= window:
+            return
+        if not self.clip_facts:
+            warnings.warn(
+                f"{model}: the prompt of clip {clip_id} has {tokens} tokens; {reader} reads the first {window}. "
+                "The lines of the clips (`prompt_cut`) name all such prompts",
+                stacklevel=2,
+            )
+        self.clip_facts[clip_id] = {"prompt_cut": f"{reader} read {window} of {tokens} tokens"}
 
 
 def check_generated(clip: Tensor, request: Request, model: str) -> Tensor:

@@ -13,7 +13,16 @@ from dcbench.clips import pixels_sha256
 from dcbench.errors import SharedError, UserError
 from dcbench.escape import screen
 from dcbench.files import sha256_file
-from dcbench.models.base import ChecksFirst, ImageToVideo, PreparesFirst, Request, Runtime, check_generated
+from dcbench.models.base import (
+    ChecksFirst,
+    ImageToVideo,
+    PreparesFirst,
+    Request,
+    Runtime,
+    Wanted,
+    check_generated,
+    check_wanted,
+)
 from dcbench.progress import track
 from dcbench.ranks import gather, held_by_first_rank, join_ranks, on_first_rank, rank, together, world_size
 from dcbench.record import Case
@@ -53,6 +62,8 @@ def _make(run: Run, options: Options, missing: Sequence[Case]) -> list[str]:
     assert run.model is not None
     _check_room(run, missing)
     runtime = options.runtime()
+    number = run.protocol.num_frames
+    check_wanted(run.model, [Wanted(case.id, number, case.fps, case.frame_stride) for case in missing])
     machine.forget_peak_memory()
     model: ImageToVideo = _load(run.model, runtime)
     if isinstance(model, ChecksFirst):
@@ -155,6 +166,7 @@ def _sample_batches(
                     "seconds": round(seconds / len(requests) + spent.get(request.clip_id, 0), 4),
                     "peak_memory_mb": round(machine.peak_memory_mb(), 1),
                     **facts,
+                    **getattr(model, "clip_facts", {}).get(request.clip_id, {}),
                 }
             )
         yield from (case.id for case in batch)

@@ -4,13 +4,15 @@
 <out>/           weights.safetensors, config.json, start.json, loss.png, held_out.json, latents-<hash>.safetensors
 """
 
+import contextlib
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 from dcbench.errors import UserError
-from dcbench.files import atomic_write, read_json, read_jsonl, sha256_file, write_json, write_text
+from dcbench.files import atomic_write, read_json, remove_leftovers, sha256_file, write_json, write_text
 from dcbench.models.dynamicrafter.autoencoder import Autoencoder
 from dcbench.weights import tensors_sha256
 
@@ -27,7 +29,25 @@ class StageFolder:
 
     @property
     def finished(self) -> bool:
-        return self.weights.is_file()
+        """Weights alone do not do: a stage whose config.json is missing or damaged is finished again."""
+        return self.weights.is_file() and self._has_config()
+
+    def _has_config(self) -> bool:
+        try:
+            return isinstance(read_json(self.config), dict)
+        except UserError:
+            return False
+
+    def mend(self) -> None:
+        """Bring the folder into order after a crash, and say what was done. UserError for what cannot be mended."""
+        remove_leftovers(self.path)
+        if self.weights.is_file() and not self._has_config():
+            if not self.state.is_file():
+                raise UserError(
+                    f"{self.config} is missing or damaged, and {self.state.name} is not there to write it again. Bring "
+                    f"the file back, or remove {self.path} to train the stage anew"
+                )
+            print(f"{self.config} is missing or damaged: the stage is finished again from its state", file=sys.stderr)
 
     def take(self, source: "StageFolder") -> None:
         """Copy the files of a finished stage, unless this one is finished. Does nothing if `source` is not finished."""
@@ -39,8 +59,14 @@ class StageFolder:
                     shutil.copyfile(file, temporary)
 
     def log_lines(self) -> list[dict[str, Any]]:
-        """The lines of the log, without one that a crash has cut off."""
-        return read_jsonl(self.log, torn=True) if self.log.is_file() else []
+        """The lines of the log, one a step; without what a crash has damaged."""
+        by_step: dict[int, dict[str, Any]] = {}
+        for text in self.log.read_bytes().splitlines() if self.log.is_file() else ():
+            with contextlib.suppress(ValueError):  # UnicodeDecodeError too
+                line = json.loads(text)
+                if isinstance(line, dict) and isinstance(line.get("step"), int):
+                    by_step[line["step"]] = line
+        return [by_step[step] for step in sorted(by_step)]
 
     def add_to_log(self, line: dict[str, Any]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -48,10 +74,22 @@ class StageFolder:
             file.write(json.dumps(line) + "\n")
 
     def trim_log(self, step: int) -> None:
-        """Remove the lines after `step`, from which the stage continues: those steps are done again."""
+        """Remove the lines after `step`, from which the stage continues: those steps are done again.
+
+        Damaged lines and a second line of a step are removed too, and the number of the damaged ones is told.
+        """
         if self.log.is_file():
-            lines = [json.dumps(line) + "\n" for line in self.log_lines() if line["step"] <= step]
-            write_text(self.log, "".join(lines))
+            written = sum(bool(text.strip()) for text in self.log.read_bytes().splitlines())
+            known = self.log_lines()
+            if odd := written - len(known):
+                print(f"{self.log}: {odd} damaged or doubled lines are removed", file=sys.stderr)
+            write_text(self.log, "".join(json.dumps(line) + "\n" for line in known if line["step"] <= step))
+
+    def set_state_aside(self, reason: str) -> None:
+        """Rename a state that cannot be read, so that the stage begins anew and nothing is lost."""
+        aside = self.state.with_suffix(".damaged")
+        print(f"{reason}. It is kept as {aside.name}, and the stage begins anew", file=sys.stderr, flush=True)
+        self.state.replace(aside)
 
 
 class Training:

@@ -28,6 +28,7 @@ from dcbench.facts import Facts
 from dcbench.files import atomic_write
 from dcbench.seeding import clip_seed
 from dcbench.training.directory import StageFolder
+from dcbench.weights import read_file
 
 
 class LoopConfig(Facts):
@@ -177,6 +178,10 @@ class Average:
             p.copy_(self.values[name])
 
 
+class DamagedState(UserError):
+    """A file with the state of a training that cannot be read."""
+
+
 class Learner:
     """The trained parameters and all that changes with them: optimisers, loss scaler, moving average."""
 
@@ -242,8 +247,17 @@ class Learner:
             torch.save(state, temporary)
 
     def load(self, path: Path, identity: str) -> tuple[int, float]:
-        """Read a saved state; returns its step and its processor seconds. UserError if its identity is another one."""
-        state = torch.load(path, map_location=self.device, weights_only=True)
+        """Read a saved state; returns its step and its processor seconds. UserError if its identity is another one.
+
+        DamagedState, before anything is changed, if the file is no whole state.
+        """
+        try:
+            state = read_file(path, self.device)
+        except UserError as error:
+            raise DamagedState(str(error)) from None
+        needed = {"identity", "step", "seconds", "parameters", "average", "optimisers", "scaler"}
+        if not isinstance(state, dict) or needed - state.keys():
+            raise DamagedState(f"{path} is no state of a training")
         if state["identity"] != identity:
             raise UserError(
                 f"{path} was made with other settings; choose another --out, or remove {path.parent} to start anew"
@@ -267,12 +281,14 @@ def fit(
     stop_after: float | None = None,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
     identity: Mapping[str, Any] | None = None,
+    caught: list[int] | None = None,
 ) -> bool:
     """Train the parameters of `task` that require gradients; at the end they are set to their EMA. True when finished.
 
     Continues from the state in `files` if there is one; UserError if it was saved under another `identity`. Stops after
     `stop_after` seconds, or at Ctrl-C and SIGTERM, with a state to continue from. The log has a line for every
-    `log_every` steps; `on_step` is called with the number of the step and this line.
+    `log_every` steps; `on_step` is called with the number of the step and this line. `caught`: the signals that
+    `catch_signals` of the caller collects; a state that cannot be read is set aside, and the stage begins anew.
     """
     parts = process.world * config.accumulate
     if config.batch_size % parts:
@@ -283,41 +299,45 @@ def fit(
     learner, step, seconds = Learner(task, config, process.device), 0, 0.0
     key = json.dumps(identity or {}, sort_keys=True, default=str)
     if files.state.is_file():
-        step, seconds = learner.load(files.state, key)
+        try:
+            step, seconds = learner.load(files.state, key)
+        except DamagedState as error:
+            if process.first:
+                files.set_state_aside(str(error))
     if process.first:
         files.trim_log(step)
     model: nn.Module = task
     if process.world > 1:
         model = DistributedDataParallel(task, device_ids=[process.device] if process.device.type == "cuda" else None)
     task.train()
-    interrupted = _catch_signals()
     started, cpu, since = time.perf_counter(), time.process_time(), step
     finished = step >= config.steps
-    while not finished:
-        losses = learner.accumulate(model, seed, step, process)
-        norm = learner.update(step)
-        step += 1
-        finished = step >= config.steps
-        took, burnt = time.perf_counter() - started, time.process_time() - cpu
-        stopping = _agree(bool(interrupted) or (stop_after is not None and took > stop_after), process)
-        if process.first and (step % config.log_every == 0 or finished or stopping):
-            line = {"step": step, "lr": config.lr_at(step - 1), "grad_norm": norm, **losses}
-            line["clips_per_second"] = round((step - since) * config.batch_size / took, 3)
-            line["cpu_seconds"] = round(seconds + burnt, 1)
-            files.add_to_log(line)
-            if on_step:
-                on_step(step, line)
-        if process.first and (step % config.save_every == 0 or finished or stopping):
-            learner.save(files.state, key, step, seconds + burnt)
-        if stopping:
-            break
+    with catch_signals(caught) as interrupted:
+        while not finished:
+            losses = learner.accumulate(model, seed, step, process)
+            norm = learner.update(step)
+            step += 1
+            finished = step >= config.steps
+            took, burnt = time.perf_counter() - started, time.process_time() - cpu
+            stopping = agree(bool(interrupted) or (stop_after is not None and took > stop_after), process)
+            if process.first and (step % config.log_every == 0 or finished or stopping):
+                line = {"step": step, "lr": config.lr_at(step - 1), "grad_norm": norm, **losses}
+                line["clips_per_second"] = round((step - since) * config.batch_size / took, 3)
+                line["cpu_seconds"] = round(seconds + burnt, 1)
+                files.add_to_log(line)
+                if on_step:
+                    on_step(step, line)
+            if process.first and (step % config.save_every == 0 or finished or stopping):
+                learner.save(files.state, key, step, seconds + burnt)
+            if stopping:
+                break
     if learner.average:
         learner.average.copy_to(learner.trained)
     task.eval()
     return finished
 
 
-def _agree(stop: bool, process: Process) -> bool:
+def agree(stop: bool, process: Process) -> bool:
     """True on every process when one has to stop. If only that one stopped, the others would wait for it for ever."""
     if process.world == 1:
         return stop
@@ -326,19 +346,28 @@ def _agree(stop: bool, process: Process) -> bool:
     return bool(flag > 0)
 
 
-def _catch_signals() -> list[int]:
-    """Numbers of SIGINT and SIGTERM as they come, so that a step can end and be saved. A second one stops at once."""
-    caught: list[int] = []
+@contextlib.contextmanager
+def catch_signals(caught: list[int] | None = None) -> Iterator[list[int]]:
+    """Numbers of SIGINT and SIGTERM as they come, so that a step can end and be saved. A second one stops at once.
+
+    Afterwards both do what they did before. `caught`: the list of a caller that catches them already.
+    """
+    if caught is not None or threading.current_thread() is not threading.main_thread():
+        yield [] if caught is None else caught
+        return
+    numbers: list[int] = []
 
     def catch(number: int, frame: object) -> None:
-        if caught:
+        if numbers:
             raise KeyboardInterrupt
-        caught.append(number)
+        numbers.append(number)
 
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, catch)
-    return caught
+    before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield numbers
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def plot_log(logs: Mapping[str, Sequence[Mapping[str, float]]], target: Path) -> None:

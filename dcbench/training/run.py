@@ -14,12 +14,12 @@ from torch import Tensor
 
 from dcbench import clips
 from dcbench.errors import UserError
-from dcbench.files import read_json, write_json
+from dcbench.files import read_json, remove_leftovers, write_json
 from dcbench.models.dynamicrafter.networks import Networks
 from dcbench.seeding import clip_seed
 from dcbench.training.data import CachedPool
 from dcbench.training.directory import Training
-from dcbench.training.loop import Process, Task, fit, plot_log, process_group
+from dcbench.training.loop import Process, Task, agree, catch_signals, fit, plot_log, process_group
 from dcbench.training.networks import PREFIXES, build, freeze, normalise_latents, save, set_scale_factor
 from dcbench.training.objective import AutoencoderTask, ContrastiveTask, DiffusionTask, Pool
 from dcbench.training.recipe import AutoencoderStage, ClipStage, DiffusionStage, Recipe, Stage, Start, runs_unet
@@ -47,7 +47,12 @@ def train(
     """
     for name in stages or ():
         recipe.stage(name)
-    with process_group(device) as process:
+    with process_group(device) as process, catch_signals() as caught:
+        if process.first:
+            for folder in {out, latents or out}:
+                remove_leftovers(folder)
+            for stage in recipe.stages:
+                Training(out).stage(stage.name).mend()
         trainer = _Trainer(recipe, Training(out), process)
         pools = _Pools(recipe, trainer.networks, Training(latents or out), data_root, process)
         for stage in recipe.stages:
@@ -55,7 +60,7 @@ def train(
                 trainer.load(stage)
             elif stages and stage.name not in stages:
                 continue
-            elif not trainer.learn(stage, pools, stop_after, progress):
+            elif agree(bool(caught), process) or not trainer.learn(stage, pools, stop_after, progress, caught):
                 return False
         trainer.export()
         return True
@@ -70,7 +75,14 @@ class _Trainer:
         self._begin(recipe.start)
         self.networks.to(process.device)
 
-    def learn(self, stage: Stage, pools: "_Pools", stop_after: float | None, progress: Progress | None) -> bool:
+    def learn(
+        self,
+        stage: Stage,
+        pools: "_Pools",
+        stop_after: float | None,
+        progress: Progress | None,
+        caught: list[int],
+    ) -> bool:
         """Train one stage and save what it has learned; False when it was stopped before its last step."""
         recipe, networks, files = self.recipe, self.networks, self.training.stage(stage.name)
         self._check_earlier(stage)
@@ -87,7 +99,7 @@ class _Trainer:
                 progress(stage.name, step, stage.steps, line)
 
         seed = clip_seed(recipe.seed, f"stage/{stage.name}")
-        if not fit(task, stage, files, seed, self.process, stop_after, on_step, identity):
+        if not fit(task, stage, files, seed, self.process, stop_after, on_step, identity, caught):
             return False
         freeze(networks)
         if isinstance(stage, AutoencoderStage) and not stage.decoder_only:
@@ -122,8 +134,8 @@ class _Trainer:
         if self.process.first and all(training.stage(stage.name).finished for stage in stages):
             for stage in stages:  # again, because another process may have trained some of them meanwhile
                 self.load(stage)
-            save(self.networks, training.weights, torch.float16)
             write_json(training.config, self.networks.cfg.to_dict())
+            save(self.networks, training.weights, torch.float16)  # last: a folder with weights is whole
 
     def _begin(self, starts: tuple[Start, ...]) -> None:
         for start in starts:

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from dcbench.errors import UserError
+from dcbench.models.dynamicrafter.checkpoint import released_name, unwrapped
 from dcbench.models.dynamicrafter.networks import Networks
 from dcbench.models.dynamicrafter.unet import parameter_role
 from dcbench.training.networks import PREFIXES
+from dcbench.weights import check_finite
 
 Layout = Literal["dynamicrafter", "videocrafter", "stable-diffusion", "open-clip"]
 UNET = PREFIXES["unet"]
@@ -23,11 +25,13 @@ UNET = PREFIXES["unet"]
 def to_released_names(state: Mapping[str, Tensor], layout: Layout, networks: Networks) -> dict[str, Tensor]:
     """The tensors of another layout under the released DynamiCrafter's names."""
     if layout == "open-clip":  # one file for both towers, no prefix
-        return {PREFIXES["image" if name.startswith("visual.") else "text"] + name: state[name] for name in state}
+        plain = {unwrapped(name): value for name, value in state.items()}
+        return {PREFIXES["image" if name.startswith("visual.") else "text"] + name: plain[name] for name in plain}
+    state = {released_name(name): value for name, value in state.items()}
     if layout == "stable-diffusion":
         own = networks.state_dict()
         return {_with_temporal_places(name, own): value for name, value in state.items()}
-    return dict(state)
+    return state
 
 
 def _with_temporal_places(name: str, own: Mapping[str, Tensor]) -> str:
@@ -81,6 +85,7 @@ def begin(
                 shapes = f"{list(value.shape)} in the weights and {list(own[name].shape)} in the recipe's model"
                 raise UserError(f"{name} is {shapes}: they do not fit together")
             taken[name] = value
+    check_finite(taken, "the weights to begin with")
     networks.load_state_dict(taken, strict=False)
     return new
 

@@ -7,7 +7,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from observing import observed
+from observing import observed, scored
 from torch import Tensor
 
 from dcbench.catalogue import MetricCard, find_metric, load_entry_point
@@ -102,6 +102,16 @@ def test_one_encoder_serves_all_and_encodes_each_frame_once(
     for metric in metrics:
         observed(metric, [clip], [clip[0]], ["moving"])
     assert sum(encoded) == 4
+
+
+def test_prompts_that_clip_does_not_read_to_their_end_are_counted(tiny: dict[str, str], moving_clip: Tensor) -> None:
+    metric = metric_of("clip_text", tiny)
+    clips, prompts = [moving_clip[:2]] * 3, ["short", "word " * 75, "word " * 76]  # 75 words and two marks are 77
+    rows = observed(metric, clips, prompts=prompts)
+    assert ["tokens_not_read" in row for row in rows] == [False, False, True]
+    whole, cut = scored(metric, rows[:2]), scored(metric, rows[::-1])
+    assert cut.warnings == ["1 of 3 prompts are longer than the 77 tokens that CLIP reads; the rest is cut"]
+    assert whole.warnings == [] and whole.details.keys() == cut.details.keys()
 
 
 def test_batches_do_not_matter(tiny: dict[str, str], moving_clip: Tensor) -> None:

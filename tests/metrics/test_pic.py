@@ -1,8 +1,10 @@
 """PIC through the real DreamSim package, with random weights stored in its own file format."""
 
+import time
 import warnings
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from dreamsim.feature_extraction.vision_transformer import DINOHead, vit_base
 from observing import observed, scored
 from torch import Tensor
 
-from dcbench.catalogue import find_metric, load_entry_point
+from dcbench.catalogue import WeightSource, find_metric, load_entry_point
 from dcbench.errors import UserError
 from dcbench.metrics import PerceptualInputConformity, pic
 from dcbench.metrics.per_clip import to_pil
@@ -220,7 +222,29 @@ def test_archives_are_checked_and_unpacked_once(stored: Path, tmp_path: Path, mo
     assert metric.extractor.name == "dreamsim open_clip_vitb32"
     archive.unlink()
     assert dreamsim_folder("open_clip_vitb32", (), offline=True).is_dir()
-    assert [path.name for path in weights_dir().iterdir()] == ["dreamsim-open_clip_vitb32"]
+    left = {path.name for path in weights_dir().iterdir()}
+    assert left == {"dreamsim-open_clip_vitb32", "trusted.json", ".locks"}
+
+
+def test_two_ranks_unpack_the_archive_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads: each opens the lock anew, as two processes do. What a killed process left is removed."""
+    monkeypatch.setenv("DCBENCH_WEIGHTS", str(tmp_path / "weights"))
+    monkeypatch.setitem(pic.REQUIRED, "small", ("a.pth",))
+    with zipfile.ZipFile(weights_dir() / "dreamsim-small.zip", "w") as zipped:
+        zipped.writestr("a.pth", b"weights")
+    (weights_dir() / ".dreamsim-small-left").mkdir()
+    source, times, unpack = WeightSource(name="dreamsim-small.zip"), [], pic.unpack
+
+    def slowly(archive: Path, into: Path) -> None:
+        times.append(archive.name)
+        unpack(archive, into)
+        time.sleep(0.3)
+
+    monkeypatch.setattr(pic, "unpack", slowly)
+    with ThreadPoolExecutor(2) as ranks:
+        folders = list(ranks.map(lambda _: dreamsim_folder("small", [source], offline=True), range(2)))
+    assert len(times) == 1 and all((folder / "a.pth").read_bytes() == b"weights" for folder in folders)
+    assert not list(weights_dir().glob(".dreamsim*"))
 
 
 def test_damaged_weights_are_named(stored: Path, tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """Pipelines of diffusers behind the one interface: real classes, real `from_pretrained`, random weights."""
 
+import dataclasses
 import importlib.util
 import json
 import logging
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from dcbench.catalogue import ModelCard, cards, find_model, with_overrides
 from dcbench.cli import main
 from dcbench.clips import TemporalPolicy
 from dcbench.errors import UserError
-from dcbench.models.base import Request, Runtime, check_generated
+from dcbench.models.base import Request, Runtime, Wanted, check_generated, check_wanted
 from dcbench.models.baselines import diffusers as family
 from dcbench.runs.directory import RunDirectory
 
@@ -188,6 +190,73 @@ def test_too_few_frames_are_found_before_the_expensive_part():
     assert not hasattr(model.pipeline, "called")
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "wanted", "said"),
+    [
+        ("ltx-video", ["clip.frames=16"], (9, 25.0), "8k + 1 frames: --set clip.frames=9, or 17"),
+        ("wan2.1-i2v-480p", ["clip.frames=80"], (9, 16.0), "4k + 1 frames: --set clip.frames=77, or 81"),
+        ("ltx-video", [], (None, 8.0), "161 frames at 25 fps do not hold 161 frames at 8 fps"),
+        ("svd", [], (16, 8.0), "14 frames at 8 fps do not hold 16"),
+        ("videocomposer", [], (17, 8.0), "16 frames at 8 fps do not hold 17 .* mend \\[clip\\] of its card"),
+        ("dynamicrafter-512", [], (16, 25 / 3), "clip a asks for a fps of 8: .* was trained with a fps of 15 to 30"),
+        ("dynamicrafter", [], (17, 8.0), "17 frames were asked for; dynamicrafter makes up to 16"),
+    ],
+)
+def test_what_a_model_cannot_make_is_refused_by_its_card_alone(name, settings, wanted, said):
+    card = with_overrides(find_model(name), settings)
+    with pytest.raises(UserError, match=said.replace("8k +", r"8k \+").replace("4k +", r"4k \+")):
+        check_wanted(card, [Wanted("a", *wanted, frame_stride=3)])
+
+
+def test_what_it_can_make_is_not_refused():
+    for name in (
+        "ltx-video",
+        "wan2.1-i2v-480p",
+        "hunyuanvideo-i2v",
+        "skyreels-v2-i2v",
+        "cogvideox-5b-i2v",
+        "i2vgen-xl",
+    ):
+        card = find_model(name)
+        check_wanted(card, [Wanted("a", 16, 25 / 3, 3), Wanted("animation", None, card.clip.fps or 8.0, motion=None)])
+    tried = with_overrides(find_model("dynamicrafter-512"), ["options.any_motion=true"])
+    check_wanted(tried, [Wanted("a", 16, 25 / 3, 3)])
+    check_wanted(find_model("zoom"), [Wanted("a", 99, 1.0)])
+
+
+def test_a_run_refuses_before_the_model_is_loaded(tmp_path, monkeypatch, capsys):
+    """17 frames at 8 fps are not in 14: the folder of the pipeline, which is not there, is not asked for."""
+    arguments = ["run", "--model", "svd", "--dataset", "shapes", "--protocol", "smoke", "--limit", "1", "--set"]
+    monkeypatch.setattr(sys, "argv", ["dcbench", *arguments, "options.path=/nowhere", "--out", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2 and "14 frames at 8 fps do not hold 16" in capsys.readouterr().err
+
+
+def test_any_argument_of_the_pipeline_may_be_set_and_others_are_refused_before_the_weights(saved):
+    folder = saved("LTXImageToVideoPipeline")
+    card = tiny_card("ltx-video", folder, "sampling.guidance_rescale=0.5", "sampling.max_sequence_length=64")
+    assert family.load(card, Runtime()).arguments["guidance_rescale"] == 0.5
+    nowhere = find_model("ltx-video").model_copy(update={"weights": ()})
+    for wrong, said in (
+        (
+            "guidance_rescal=1",
+            r"takes no 'guidance_rescal'\. Did you mean \"guidance_rescale\"\? Allowed in \[sampling\]: steps",
+        ),
+        ("num_inference_steps=3", "takes no 'num_inference_steps'"),
+        ("height=3", "takes no 'height'"),
+        ("frame_rate=3", "takes no 'frame_rate'"),
+    ):
+        settings = [f"sampling.{wrong}", "options.path=/nowhere", "options.memory_gb=0"]
+        with pytest.raises(UserError, match=said):
+            family.load(with_overrides(nowhere, settings), Runtime())
+    settings = ["options.path=/nowhere", "options.memory_gb=0"]
+    odd = with_overrides(nowhere, settings)
+    odd = odd.model_copy(update={"options": odd.options | {"scheduler": {"class": "DDIMScheduler", "flow": 1}}})
+    with pytest.raises(UserError, match="DDIMScheduler knows no flow"):
+        family.load(odd, Runtime())
+
+
 # --------------------------------------------------------------------------------------------------------- loading
 
 
@@ -220,6 +289,22 @@ def test_parts_from_repositories_of_their_own_join_the_base(tmp_path):
     model = family.load(card, Runtime())
     assert type(model.pipeline.scheduler).__name__ == "EulerDiscreteScheduler"
     assert tuple(model.generate([request(card)])[0].shape) == (16, 3, 24, 40)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "window"),
+    [("ltx-video", [], 128), ("ltx-video", ["sampling.max_sequence_length=32"], 32), ("pia", [], 77)],
+)
+def test_a_prompt_longer_than_the_text_encoder_reads_is_told_and_kept(saved, name, settings, window):
+    card = tiny_card(name, saved(builder_of(find_model(name))), "sampling.steps=1", *settings)
+    model = family.load(card, Runtime())
+    asked = request(card)
+    model.generate([asked])
+    assert model.clip_facts == {}
+    long = dataclasses.replace(asked, clip_id="long", prompt="a " * 200)
+    with pytest.warns(UserWarning, match=rf"clip long has \d+ tokens; its text encoder reads the first {window}\b"):
+        model.generate([long])
+    assert model.clip_facts["long"]["prompt_cut"].startswith(f"its text encoder read {window} of ")
 
 
 def test_precision_is_the_card_s_and_recorded(saved):

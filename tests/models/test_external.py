@@ -418,7 +418,9 @@ def test_the_adapter_of_each_repository_speaks_its_command_line(name, tmp_path):
         with_overrides(card, [f"options.cwd={repository}", f"options.python={sys.executable}"]), Runtime()
     )
     image = torch.zeros(3, 48, 64, dtype=torch.uint8)
-    prompts = ["a cat / a dog: both run", "x" * 300] if name != "consisti2v" else ["a cat / a dog: both run", "x"]
+    prompts = (
+        ["a cat / a dog: both run", "-x --seed" * 30] if name != "consisti2v" else ["a cat / a dog: both run", "x"]
+    )
     requests = [Request(f"clip{k}", image, prompt, 16, 8.0, 3, 2**60 + k) for k, prompt in enumerate(prompts)]
     model.prepare(requests, tmp_path / "work")
     for request, clip in zip(requests, model.generate(requests), strict=True):

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from dcbench.catalogue import find_model, load_entry_point
+from dcbench.catalogue import find_dataset, find_model, load_entry_point
 from dcbench.cli import main
 from dcbench.models.base import Request, Runtime, check_generated
+from dcbench.protocol import find_protocol
+from dcbench.runs import planning, sampling
+from dcbench.runs.run import Options
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "my_model.py"
 
@@ -32,6 +35,29 @@ def test_a_copy_of_the_example_runs_from_the_command_line(in_tmp, monkeypatch, c
     assert record["n_scored"] == 2
     assert record["plan"]["model"]["title"] == "MyModel"
     assert Path("run/report/table.md").is_file()
+
+
+OWN = """
+import torch
+
+class Told:
+    conditions_on = frozenset({"image", "prompt"})
+    def __init__(self, card, runtime):
+        self.card, self.clip_facts = card, {}
+    def generate(self, requests):
+        self.clip_facts |= {r.clip_id: {"prompt_cut": r.clip_id} for r in requests[:1]}
+        return [torch.zeros(r.num_frames, *r.image.shape, dtype=torch.uint8) for r in requests]
+"""
+
+
+def test_facts_of_single_clips_stand_in_their_lines(in_tmp):
+    (in_tmp / "told.py").write_text(OWN)
+    protocol = find_protocol("smoke").model_copy(update={"height": 32, "width": 32, "datasets": {}})
+    card = find_model("./told.py:Told")
+    job = planning.plan(card, find_dataset("shapes"), protocol, out=in_tmp / "run", limit=2, quiet=True)
+    sampling.sample(job, Options(device="cpu", quiet=True, batch_size=2))
+    rows = job.directory.finished_samples()
+    assert [rows[case.id].get("prompt_cut") for case in job.cases] == [job.cases[0].id, None]
 
 
 def test_the_example_makes_a_clip_of_its_request():

@@ -1,11 +1,14 @@
 """The files of a training: what is taken from another one, and what is not."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from dcbench.errors import UserError
+from dcbench.files import atomic_write, remove_leftovers
 from dcbench.training.data import CachedPool
 from dcbench.training.directory import StageFolder, Training
 from dcbench.training.networks import build
@@ -24,6 +27,9 @@ def test_a_stage_is_taken_only_when_it_is_finished_and_only_once(tmp_path):
     assert not target.path.exists()
     source.weights.write_bytes(b"weights")
     target.take(source)
+    assert not target.path.exists()  # weights without their config.json are no finished stage
+    source.config.write_text("{}")
+    target.take(source)
     assert target.finished and target.log_lines() == [{"step": 1}] and not target.state.exists()
     source.weights.write_bytes(b"other")
     target.take(source)
@@ -40,6 +46,34 @@ def test_a_log_that_a_crash_cut_off_goes_on(tmp_path):
     before = files.log.read_text().splitlines()[:2]
     files.trim_log(2)
     assert files.log.read_text().splitlines() == before
+
+
+def test_a_damaged_log_is_mended_and_no_step_stands_twice(tmp_path, capsys):
+    files = StageFolder(tmp_path)
+    files.add_to_log({"step": 1, "loss": 1.0})
+    with files.log.open("ab") as file:
+        file.write(b'\0\0\0\xff\n[1]\n{"step": 2, "loss": 5}{"st\n{"loss": 3}\n')
+    for loss in (0.5, 0.4):
+        files.add_to_log({"step": 2, "loss": loss})
+    assert files.log_lines() == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.4}]
+    files.trim_log(2)
+    assert [json.loads(line)["step"] for line in files.log.read_text().splitlines()] == [1, 2]
+    assert "5 damaged or doubled lines are removed" in capsys.readouterr().err
+
+
+def test_what_a_killed_writer_left_is_removed_and_what_a_living_one_writes_stays(tmp_path):
+    write = (
+        "import os, sys; from pathlib import Path; from dcbench.files import atomic_write\n"
+        "with atomic_write(Path(sys.argv[1])) as temporary: temporary.write_bytes(b'part'); os._exit(9)"
+    )
+    for name in ("state.pt", "n" * 200, "no.suffix-here"):
+        subprocess.run([sys.executable, "-c", write, str(tmp_path / name)], check=False)
+    (tmp_path / ".other-file").write_text("kept")
+    with atomic_write(tmp_path / "mine.txt") as temporary:
+        temporary.write_text("whole")
+        assert len(list(tmp_path.iterdir())) == 5
+        assert len(remove_leftovers(tmp_path)) == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other-file", "mine.txt"]
 
 
 def test_a_start_file_is_known_by_its_hash(tmp_path):

@@ -1,15 +1,19 @@
 """Stages, roles, resuming and the files of a training."""
 
 import json
+import os
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from dcbench import files
 from dcbench.errors import UserError
 from dcbench.models.dynamicrafter.unet import parameter_role
-from dcbench.training import loop
+from dcbench.training import loop, run
 from dcbench.training.loop import LoopConfig, Task, make_optimisers, orthogonalise
 from dcbench.training.networks import build, normalise_latents, save
 from dcbench.training.objective import draw_times
@@ -95,6 +99,74 @@ def test_a_stopped_run_continues(make_recipe, tmp_path):
     assert not train(recipe, tmp_path, device="cpu", stop_after=0)
     assert torch.load(tmp_path / "joint" / "state.pt", weights_only=True)["step"] == 1
     assert train(recipe, tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_between_stages_stops_and_later_ones_do_what_they_did(make_recipe, tmp_path, monkeypatch, number):
+    """At the end of the first stage, while its files are written."""
+    recipe = make_recipe({**BASE, "steps": 1}, {**CONTEXT, "steps": 1})
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+
+    def plot(logs, target):
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(run, "plot_log", plot)
+    assert not train(recipe, tmp_path, device="cpu")
+    assert (tmp_path / "base" / "weights.safetensors").is_file() and not (tmp_path / "context").exists()
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    monkeypatch.undo()
+    assert train(recipe, tmp_path, device="cpu")
+
+
+def test_a_training_that_was_killed_between_two_files_goes_on(make_recipe, tmp_path, capsys):
+    """Weights without config.json, as after a crash between them, at the end of a stage and of the whole."""
+    recipe = make_recipe({"name": "autoencoder", "objective": "autoencoder", "steps": 1}, {**BASE, "steps": 1})
+    assert train(recipe, tmp_path / "a", device="cpu")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    whole = load_tensors(tmp_path / "a" / "weights.safetensors")
+    for damage in (Path.unlink, lambda path: path.write_text('{"unet": {')):
+        for config in ("autoencoder/config.json", "config.json"):
+            damage(tmp_path / "b" / config)
+        assert train(recipe, tmp_path / "b", device="cpu")
+        assert "the stage is finished again from its state" in capsys.readouterr().err
+        for config in ("autoencoder/config.json", "config.json"):
+            assert (tmp_path / "b" / config).read_text() == (tmp_path / "a" / config).read_text()
+        again = load_tensors(tmp_path / "b" / "weights.safetensors")
+        assert all(torch.equal(whole[name], again[name]) for name in whole)
+    (tmp_path / "b" / "base" / "config.json").unlink()
+    (tmp_path / "b" / "base" / "state.pt").unlink()
+    with pytest.raises(UserError, match=r"base/config\.json is missing or damaged.* train the stage anew"):
+        train(recipe, tmp_path / "b", device="cpu")
+
+
+def test_the_whole_models_config_is_written_before_its_weights(make_recipe, tmp_path, monkeypatch):
+    recipe = make_recipe({**BASE, "steps": 1})
+
+    def killed(networks, path, *rest, **named):
+        assert (path.parent / "config.json").is_file()
+        save(networks, path, *rest, **named)
+
+    monkeypatch.setattr(run, "save", killed)
+    assert train(recipe, tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x80\x02}q", b"PK\x03\x04 cut", None])
+def test_a_damaged_state_is_told_kept_and_the_stage_begins_anew(make_recipe, tmp_path, capsys, damage):
+    recipe = make_recipe({**BASE, "steps": 2})
+    assert not train(recipe, tmp_path, device="cpu", stop_after=0)
+    state = tmp_path / "base" / "state.pt"
+    if damage is None:
+        torch.save({"step": 1}, state)
+    else:
+        state.write_bytes(damage)
+    leftover = tmp_path / "base" / f".state.pt-{files._HOST}-{2**22 + 1}-abcdefgh.pt"
+    leftover.write_bytes(b"10 GB")
+    assert train(recipe, tmp_path, device="cpu")
+    said = capsys.readouterr().err
+    assert "It is kept as state.damaged, and the stage begins anew" in said and "weights_only" not in said
+    assert (tmp_path / "base" / "state.damaged").is_file() and not leftover.exists()
+    steps = [json.loads(line)["step"] for line in (tmp_path / "base" / "log.jsonl").read_text().splitlines()]
+    assert steps == [1, 2]
 
 
 def test_other_settings_do_not_continue_a_run(make_recipe, tmp_path):

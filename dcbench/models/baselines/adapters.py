@@ -77,7 +77,8 @@ def videocomposer(requests: list[Request], output: Path, work: Path) -> None:
         seed = str(request["seed"] % 2**32)  # it also seeds numpy, which takes no more
         run(
             sys.executable, "run_net.py", "--cfg", str(config), "--seed", seed, "--input_video", "none",
-            "--image_path", request["image"], "--input_text_desc", request["prompt"],
+            "--image_path", request["image"],
+            "--input_text_desc=" + request["prompt"].replace("\0", " "),  # one argument: a prompt may begin with "-"
         )  # fmt: skip
         finish(the_only(folder, "*/clip.npy"), output, request["clip_id"])
 

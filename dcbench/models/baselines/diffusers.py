@@ -18,21 +18,24 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
+from dcbench import trust
 from dcbench.catalogue import ModelCard, Scalar, WeightSource
 from dcbench.clips import TemporalPolicy, choose_in_time, resize, to_uint8
 from dcbench.errors import UserError, first_line, near_match
 from dcbench.facts import Facts, validate
-from dcbench.models.base import Request, Runtime
+from dcbench.models.base import CutPrompts, Request, Runtime, Wanted, checks_with
 from dcbench.seeding import generator
-from dcbench.weights import MissingWeights, check_free, describe
+from dcbench.weights import MissingWeights, check_free, describe, weights_dir
 
 Policy = Literal["squash", "pad", "crop", "same_area"]
 MINIMUM = (0, 42)  # the first that was tried; older ones overlook `dtype` and load everything in float32
 # From the clone: the package dcbench of PyPI is another project, this one is dcbench-i2v.
 INSTALL = "in the clone of dcbench, pip install --upgrade '.[baselines]'"
 ARGUMENT = {"steps": "num_inference_steps"}  # names in [sampling] that differ from the pipelines' own
+GIVEN = ("image", "height", "width", "num_frames", "generator", "output_type", "prompt", "return_dict")  # by dcbench
 
 
 class PipelineOptions(Facts):
@@ -49,6 +52,7 @@ class PipelineOptions(Facts):
     multiple_of: int = 8  # of both sides, for "same_area"
     temporal: TemporalPolicy
     dtype: Literal["float16", "bfloat16", "float32"] = "float32"  # on a GPU; a CPU computes float16 as float32
+    frames_step: int = Field(default=1, ge=1)  # it makes k x frames_step + 1 frames; 1 = any number
     keep_float32: tuple[str, ...] = ()
     offload: Literal["none", "model", "sequential"] = "none"
     vae_tiling: bool = False
@@ -120,11 +124,9 @@ class Diffusers:
     def __init__(self, card: ModelCard, options: PipelineOptions, pipeline: Any, device: str, facts: dict[str, str]):
         self.card, self.options, self.pipeline, self.device, self.facts = card, options, pipeline, device, facts
         self.conditions_on: frozenset[str] = frozenset(card.conditions_on)
-        taken = set(inspect.signature(type(pipeline).__call__).parameters)
-        self.arguments = {ARGUMENT.get(name, name): value for name, value in card.sampling.items()}
-        for name in [*self.arguments, options.image_argument, *filter(None, [options.fps_argument])]:
-            if name not in taken:
-                raise UserError(f"{card.name}: {options.pipeline} takes no {name!r}.{near_match(name, taken)}")
+        self.arguments = sampling_arguments(card, options, type(pipeline))
+        self._cut = CutPrompts()
+        self.clip_facts = self._cut.clip_facts
 
     def generate(self, requests: Sequence[Request]) -> list[Tensor]:
         return [self._make(request) for request in requests]
@@ -132,8 +134,8 @@ class Diffusers:
     def _make(self, request: Request) -> Tensor:
         shape = self.card.clip
         assert shape.frames and shape.height and shape.width  # `load` has seen to it
-        fps = max(1, round(request.fps)) if "fps" in self.conditions_on else shape.fps or request.fps
-        self._frames(shape.frames, fps, request)  # before the expensive part
+        fps = _rate(self.card, request.fps)
+        _frames(self.card, self.options, shape.frames, request.num_frames, request.fps)  # before the expensive part
         size = (request.image.shape[1], request.image.shape[2])
         height, width = working_size(self.options.resize, size, (shape.height, shape.width), self.options.multiple_of)
         image = to_working(request.image, height, width, self.options.resize)
@@ -147,6 +149,9 @@ class Diffusers:
         }
         if "prompt" in self.conditions_on:
             arguments["prompt"] = request.prompt
+            if window := self._window():
+                tokens = len(self.pipeline.tokenizer(request.prompt, truncation=False, verbose=False).input_ids)
+                self._cut.note(self.card.name, request.clip_id, tokens, window, "its text encoder")
         if self.options.fps_argument:
             arguments[self.options.fps_argument] = fps
         what = f"{self.options.pipeline} on clip {request.clip_id}"
@@ -161,16 +166,70 @@ class Diffusers:
             except ValueError as error:
                 raise UserError(f"{what}: {first_line(error)}") from error
         clip = frames_to_uint8(made, what)
-        return from_working(clip[self._frames(len(clip), fps, request)], *size, self.options.resize)
+        kept = _frames(self.card, self.options, len(clip), request.num_frames, request.fps)
+        return from_working(clip[kept], *size, self.options.resize)
 
-    def _frames(self, have: int, fps: float, request: Request) -> list[int]:
-        try:
-            return choose_in_time(self.options.temporal, have, fps, request.num_frames, request.fps)
-        except UserError as error:
+    def _window(self) -> int | None:
+        """Tokens of a prompt that the pipeline's first text encoder reads; None without a limit."""
+        tokenizer = getattr(self.pipeline, "tokenizer", None)
+        taken = inspect.signature(type(self.pipeline).__call__).parameters
+        if tokenizer is None:
+            return None
+        if "max_sequence_length" in taken:
+            return self.arguments.get("max_sequence_length", taken["max_sequence_length"].default)
+        return tokenizer.model_max_length
+
+
+def _rate(card: ModelCard, asked: float) -> float:
+    """Frames per second of what the model makes for a request at `asked`."""
+    return max(1, round(asked)) if "fps" in card.conditions_on else card.clip.fps or asked
+
+
+def _frames(card: ModelCard, options: PipelineOptions, have: int, want: int, fps: float) -> list[int]:
+    """Which of `have` frames of the model make a clip of `want` frames at `fps`. UserError if they are too few."""
+    try:
+        return choose_in_time(options.temporal, have, _rate(card, fps), want, fps)
+    except UserError as error:
+        raise UserError(
+            f"{card.name}: {error}. Ask the model for more (--set clip.frames=N; now "
+            f"{card.clip.frames}), or take the other policy (--set options.temporal=first)"
+        ) from error
+
+
+def sampling_arguments(card: ModelCard, options: PipelineOptions, pipeline: type) -> dict[str, Any]:
+    """[sampling] under the pipeline's own names. UserError for a name that its call does not take."""
+    parameters = inspect.signature(pipeline.__call__).parameters.values()  # type: ignore[operator]
+    taken = {p.name for p in parameters if p.name != "self" and p.kind is not p.VAR_KEYWORD}
+    own = {*GIVEN, options.image_argument, options.fps_argument, *ARGUMENT.values()}
+    allowed = [*ARGUMENT, *sorted(taken - own)]
+    for name in card.sampling:
+        if ARGUMENT.get(name, name) not in taken or name in own:
             raise UserError(
-                f"{self.card.name}: {error}. Ask the model for more (--set clip.frames=N; now "
-                f"{self.card.clip.frames}), or take the other policy (--set options.temporal=first)"
-            ) from error
+                f"{card.name}: {options.pipeline} takes no {name!r}.{near_match(name, allowed)} "
+                f"Allowed in [sampling]: {', '.join(allowed)}"
+            )
+    for name in filter(None, (options.image_argument, options.fps_argument)):
+        if name not in taken:
+            raise UserError(f"{card.name}: {options.pipeline} takes no {name!r}.{near_match(name, taken)}")
+    return {ARGUMENT.get(name, name): value for name, value in card.sampling.items()}
+
+
+def check_wanted(card: ModelCard, wanted: Sequence[Wanted]) -> None:
+    """Raise UserError if the card's number of frames is none that the pipeline makes, or too small for a clip."""
+    options: PipelineOptions = validate(card.options, PipelineOptions, f"{card.name}, options")
+    frames, step = card.clip.frames, options.frames_step
+    if frames is None:
+        return  # `load` says that the card must name it
+    if (frames - 1) % step:
+        below = (frames - 1) // step * step + 1
+        raise UserError(
+            f"{card.name}: clip.frames = {frames}, but its pipeline makes {step}k + 1 frames: "
+            f"--set clip.frames={below}, or {below + step}"
+        )
+    for one in wanted:
+        if isinstance(one.motion, int):
+            raise UserError(f"--motion: {card.name} has no such condition")
+        _frames(card, options, frames, one.num_frames or frames, one.fps)
 
 
 def _pil(image: Tensor) -> Any:
@@ -192,6 +251,7 @@ def _own_randomness(seed: int, device: str) -> Iterator[None]:
 # -------------------------------------------------------------------------------------------------------------- loading
 
 
+@checks_with(check_wanted)
 def load(card: ModelCard, runtime: Runtime) -> Diffusers:
     """Entry point of every card of this family."""
     options: PipelineOptions = validate(card.options, PipelineOptions, f"{card.name}, options")
@@ -219,6 +279,9 @@ def load(card: ModelCard, runtime: Runtime) -> Diffusers:
             f"{card.name}: diffusers {diffusers.__version__} has no {options.pipeline}."
             f"{near_match(options.pipeline, dir(diffusers))} Another version may: {INSTALL}"
         )
+    sampling_arguments(card, options, kind)  # before the weights
+    if "class" in options.scheduler:
+        _scheduler_kind(card.name, str(options.scheduler["class"]), options.scheduler)
     folder = (
         Path(options.path).expanduser() if options.path else fetch_repository(card.weights[0], card, runtime.offline)
     )
@@ -300,12 +363,13 @@ def fetch_repository(source: WeightSource, card: ModelCard, offline: bool, to: P
     whole = source is card.weights[0]
 
     def get(local_files_only: bool) -> Path:
-        where = {"revision": source.revision or None, "cache_dir": cache, "local_files_only": local_files_only}
+        where = {"revision": first or source.revision or None, "cache_dir": cache, "local_files_only": local_files_only}
         if whole and not local_files_only:  # diffusers knows which of a repository's files its pipeline reads
             pipeline = _library().DiffusionPipeline
             return Path(pipeline.download(source.repository, variant=options.variant or None, **where))
         return Path(snapshot_download(source.repository, allow_patterns=["*.json", "*.safetensors"], **where))
 
+    first = trust.known(weights_dir(), source.name).get("commit")  # "main" moves; a first use stays what it was
     cached = None
     with _quiet(), contextlib.suppress(Exception):  # the hub raises dozens of types for "not in the cache"
         cached = get(local_files_only=True)
@@ -315,18 +379,28 @@ def fetch_repository(source: WeightSource, card: ModelCard, offline: bool, to: P
     )
     if offline or constants.HF_HUB_OFFLINE:
         if cached is None:
-            raise MissingWeights(f"weights are missing and this run is offline.\n  {describe(source)}\n  {place}")
-        return cached
+            at = f" of commit {first}, which was used first," if first else ""
+            raise MissingWeights(f"weights{at} are missing and this run is offline.\n  {describe(source)}\n  {place}")
+        return _remembered(cached, source)
     if cached is None:
         check_free(source, cache)
     try:
         with _quiet():
-            return get(local_files_only=False)  # continues what was interrupted; the hub falls back to its cache
+            # it continues what was interrupted; the hub falls back to its cache
+            return _remembered(get(local_files_only=False), source)
     except Exception as error:
         raise MissingWeights(
             f"could not download {source.repository}: {type(error).__name__}: {first_line(error)}\n"
             f"  {describe(source)}\n  {place}"
         ) from error
+
+
+def _remembered(folder: Path, source: WeightSource) -> Path:
+    """The folder of a repository in the hub's cache; its commit is written down at the first use."""
+    known = trust.known(weights_dir(), source.name)
+    if folder.parent.name == "snapshots" and "commit" not in known:
+        trust.write(weights_dir(), source.name, {"commit": folder.name})
+    return folder
 
 
 def _part_source(card: ModelCard, part: str) -> WeightSource:
@@ -362,15 +436,19 @@ def _alias_text_model(pipeline: Any) -> None:
 
 
 def _scheduler(name: str, current: Any, settings: dict[str, Scalar]) -> Any:
-    diffusers, changed = _library(), dict(settings)
-    class_name = str(changed.pop("class", type(current).__name__))
-    kind = getattr(diffusers, class_name, None)
+    kind = _scheduler_kind(name, str(settings.get("class", type(current).__name__)), settings)
+    return kind.from_config(current.config, **{key: value for key, value in settings.items() if key != "class"})
+
+
+def _scheduler_kind(name: str, class_name: str, settings: dict[str, Scalar]) -> Any:
+    """The class of a scheduler; UserError if there is none, or if it does not know one of the settings."""
+    kind = getattr(_library(), class_name, None)
     if kind is None:
         raise UserError(f"{name}: diffusers has no scheduler {class_name}")
-    unknown = set(changed) - set(inspect.signature(kind).parameters)
+    unknown = set(settings) - {"class"} - set(inspect.signature(kind).parameters)
     if unknown:
         raise UserError(f"{name}: {class_name} knows no {', '.join(sorted(unknown))}")
-    return kind.from_config(current.config, **changed)
+    return kind
 
 
 def _place(pipeline: Any, offload: str, device: str) -> None:

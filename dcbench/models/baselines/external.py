@@ -7,19 +7,21 @@ table). For each clip it leaves in the output folder `<clip_id>.mp4` (or another
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import resource
 import shlex
 import shutil
 import signal
+import socket
 import string
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 import torch
@@ -29,15 +31,18 @@ from torch import Tensor
 from dcbench import video
 from dcbench.catalogue import ModelCard
 from dcbench.clips import TemporalPolicy, choose_in_time, resize
-from dcbench.errors import UserError
+from dcbench.errors import UserError, first_line
 from dcbench.facts import Facts, validate
 from dcbench.files import atomic_write
-from dcbench.models.base import Request, Runtime
+from dcbench.models.base import Request, Runtime, Wanted, checks_with
 from dcbench.pictures import read_image
 from dcbench.progress import track
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 LAST_LINES = 15
+LAST_BYTES = 100_000  # of the log, in which these lines are looked for
+LARGEST = 8e9  # bytes of one clip
+PATIENCE = 15.0  # seconds for a program to end, which the supervisor asks first
 
 
 class ExternalOptions(Facts):
@@ -111,7 +116,8 @@ class External:
             clip = self._clip(request)
             if isinstance(clip, str):
                 raise UserError(
-                    f"{self.card.name}: clip {request.clip_id} {clip}; the program {self.ended}.{self._last_lines()}\n"
+                    f"{self.card.name}: clip {request.clip_id} {plain(clip)}; the program {self.ended}."
+                    f"{self._last_lines()}\n"
                     "Clips that are finished are kept: mend the program, and give the same command again."
                 )
             clips.append(clip)
@@ -121,13 +127,13 @@ class External:
 
     def _find(self, clip_id: str) -> Path | None:
         names = [clip_id, *(f"{clip_id}{suffix}" for suffix in (".npy", *video.SUFFIXES))]
-        found = [path for path in (self.folder / "output" / name for name in names) if path.exists()]
+        found = [path for path in (self.folder / "output" / name for name in names) if os.path.lexists(path)]
         return found[0] if found else None
 
     def _remove(self, clip_id: str) -> None:
         """What is there of a clip is not usable; the program must not take it for finished."""
         while path := self._find(clip_id):
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink()
@@ -164,7 +170,10 @@ class External:
     def _last_lines(self) -> str:
         if not self._log.is_file():
             return ""
-        lines = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()][-LAST_LINES:]
+        with self._log.open("rb") as file:
+            file.seek(max(0, self._log.stat().st_size - LAST_BYTES))
+            text = file.read().decode("utf-8", errors="replace")
+        lines = [line for line in map(plain, text.splitlines()) if line.strip()][-LAST_LINES:]
         said = "".join(f"\n  | {line[:300]}" for line in lines) or "\n  | (nothing)"
         return f" The end of its output ({self._log}):{said}"
 
@@ -182,27 +191,34 @@ class External:
         for name in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"):  # of dcbench's environment, not of the program's
             if name not in self.options.environment:
                 environment.pop(name, None)
-        with self._log.open("wb") as log:
-            try:
-                process = subprocess.Popen(
-                    command,
-                    cwd=Path(self.options.cwd).expanduser() if self.options.cwd else None,
-                    env=environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-            except OSError as error:
-                raise UserError(
-                    f"{self.card.name}: cannot start {command[0]!r}: {error.strerror or error}. The whole command: "
-                    f"{shlex.join(command)}"
-                ) from error
-            try:
-                for _ in track(self._watch(process, output, set(clip_ids)), len(clip_ids), self.card.name):
-                    pass
-            finally:
-                _stop(process)
+        with (
+            self._alone() as lock,
+            self._log.open("wb") as log,
+            _started(command, self, lock, environment, log) as process,
+        ):
+            for _ in track(self._watch(process, output, set(clip_ids)), len(clip_ids), self.card.name):
+                pass
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[IO[str]]:
+        """The locked file of this rank's program, which the program inherits. UserError while an earlier one lives."""
+        with (self.folder / f"program-{self.rank}.lock").open("a+") as file:
+            until = time.monotonic() + PATIENCE
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > until:
+                        file.seek(0)
+                        raise UserError(
+                            f"{self.card.name}: the program of an earlier run still writes to {self.folder} (process "
+                            f"{file.read().strip() or 'unknown'}). Wait for its end, or end it: kill, then kill -9"
+                        ) from None
+                    time.sleep(0.1)
+                except OSError:  # a file system without locks
+                    break
+            yield file
 
     def _watch(self, process: subprocess.Popen[bytes], output: Path, waiting: set[str]) -> Iterator[str]:
         """Yield clips as their outputs appear; end when the program does, or when nothing new has come for too long."""
@@ -226,13 +242,47 @@ class External:
                 return
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the program and all that it started: first by asking."""
-    for kind, seconds in ((signal.SIGTERM, 5), (signal.SIGKILL, 30)):  # twice: its children may outlive it
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, kind)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(seconds)
+@contextlib.contextmanager
+def _started(
+    command: list[str], model: External, lock: IO[str], environment: dict[str, str], log: IO[bytes]
+) -> Iterator[subprocess.Popen[bytes]]:
+    """The supervisor of a started program. At the end of the block, or of this process, all of it is ended."""
+    here, there = socket.socketpair()
+    cwd = model.options.cwd
+    with here:
+        with there:
+            process = subprocess.Popen(
+                [sys.executable, "-I", str(Path(__file__).with_name("supervisor.py")), str(lock.fileno()), *command],
+                cwd=Path(cwd).expanduser() if cwd else None,
+                env=environment,
+                stdin=there.fileno(),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=(lock.fileno(),),
+                start_new_session=True,  # a Ctrl-C of the terminal is for dcbench, which closes the socket
+            )
+        with here.makefile("r", encoding="utf-8", errors="replace") as answers:
+            state, _, said = answers.readline().strip().partition(" ")
+        if state != "started":
+            process.wait()
+            raise UserError(
+                f"{model.card.name}: cannot start {command[0]!r}: {said or 'no answer'}. The whole command: "
+                f"{shlex.join(command)}"
+            )
+        lock.truncate(0)
+        lock.write(f"{said}\n")
+        lock.flush()
+        try:
+            yield process
+        finally:
+            here.shutdown(socket.SHUT_RDWR)  # the supervisor ends all, also if a second Ctrl-C ends this wait
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(PATIENCE)
+
+
+def plain(text: str) -> str:
+    """Text of a program for the terminal: what is no visible character, such as an escape sequence, as its code."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
 
 
 def split(command: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -254,29 +304,52 @@ def read_output(path: Path) -> tuple[Tensor, float | None]:
     """(uint8 [t 3 h w], frame rate where the file has one) of a video, a .npy file or a folder of images."""
     if path.is_dir():
         return _read_images(path), None
+    if not path.is_file():
+        raise UserError(f"{path} is neither a file nor a folder")
     if path.suffix != ".npy":
         return video.read_clip(path)
     try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} is no whole .npy file: {error}") from error
+        array = np.load(path, mmap_mode="r", allow_pickle=False)  # a header may claim terabytes that the file lacks
+    except Exception as error:  # depends on the damage
+        raise UserError(f"{path} is no whole .npy file: {first_line(error)}") from error
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3:
         raise UserError(f"{path} holds {array.dtype} {list(array.shape)}; expected uint8 [t, h, w, 3]")
-    return torch.from_numpy(array).permute(0, 3, 1, 2).contiguous(), None
+    _check_size(path, array.nbytes)
+    return torch.from_numpy(np.array(array)).permute(0, 3, 1, 2).contiguous(), None
+
+
+def _check_size(path: Path, size: int) -> None:
+    if size > LARGEST:
+        raise UserError(f"{path} holds {size / 1e9:.1f} GB of pixels; a clip may have {LARGEST / 1e9:g} GB")
 
 
 def _read_images(folder: Path) -> Tensor:
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGES)
     if not paths:
         raise UserError(f"{folder} holds no image ({', '.join(IMAGES)})")
-    frames = []
+    frames: list[Tensor] = []
     for path in paths:
         frames.append(read_image(path))
+        _check_size(folder, frames[0].numel() * len(paths))
         if frames[-1].shape != frames[0].shape:
             raise UserError(f"{path} is not of the size of {paths[0].name}")
     return torch.stack(frames)
 
 
+def check_wanted(card: ModelCard, wanted: Sequence[Wanted]) -> None:
+    """Raise UserError if the frames that the card names are too few for a clip."""
+    options: ExternalOptions = validate(card.options, ExternalOptions, f"{card.name}, options")
+    frames = card.clip.frames
+    if frames is None:
+        return
+    for one in wanted:
+        try:
+            choose_in_time(options.temporal, frames, card.clip.fps or one.fps, one.num_frames or frames, one.fps)
+        except UserError as error:
+            raise UserError(f"{card.name}: {error}. Choose another protocol, or mend [clip] of its card") from error
+
+
+@checks_with(check_wanted)
 def load(card: ModelCard, runtime: Runtime) -> External:
     """Entry point of every card of this family."""
     options: ExternalOptions = validate(card.options, ExternalOptions, f"{card.name}, options")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,37 +10,66 @@ from dcbench import weights
 from dcbench.catalogue import ModelCard
 from dcbench.errors import UserError
 from dcbench.models import diffusion
-from dcbench.models.base import Runtime
+from dcbench.models.base import Runtime, Wanted, checks_with
 from dcbench.models.dynamicrafter.checkpoint import load_networks
 from dcbench.models.dynamicrafter.config import Config, variant
 from dcbench.models.dynamicrafter.image_scale import check_factors
 from dcbench.models.dynamicrafter.networks import Networks
-from dcbench.models.dynamicrafter.pipeline import DynamiCrafter, ModelOptions, Sampling, settings
+from dcbench.models.dynamicrafter.pipeline import (
+    DynamiCrafter,
+    ModelOptions,
+    Sampling,
+    check_frames,
+    check_motion,
+    motion_of,
+    settings,
+)
 
+PLACES = ("variant", "folder", "random_seed", "checkpoint")  # options that say which networks, not how they are run
 PACKAGE = Path(__file__).parent
 
 
+def check_wanted(card: ModelCard, wanted: Sequence[Wanted]) -> None:
+    """Raise UserError for more frames than the model has, or a motion that it was not trained with."""
+    chosen, cfg = _options(card)
+    for one in wanted:
+        check_frames(cfg, card.name, one.clip_id, one.num_frames or cfg.num_frames)
+        if one.motion is None or chosen.any_motion:
+            continue
+        if one.motion == "clip":
+            check_motion(cfg, card.name, motion_of(cfg, one.fps, one.frame_stride), f"clip {one.clip_id}")
+        else:
+            check_motion(cfg, card.name, one.motion, "--motion")
+
+
+def _options(card: ModelCard) -> tuple[ModelOptions, Config]:
+    options = {key: value for key, value in card.options.items() if key not in PLACES}
+    chosen: ModelOptions = settings(ModelOptions, options, "options")
+    name, folder = card.options.get("variant"), card.options.get("folder")
+    if (name is None) == (folder is None):
+        raise UserError(f"{card.name}: give options.variant (with weights) or options.folder, one of the two")
+    return chosen, read_config(folder) if folder is not None else variant(str(name))
+
+
+@checks_with(check_wanted)
 def load(card: ModelCard, runtime: Runtime) -> DynamiCrafter:
     """The model of a card. Everything cheap is checked before the weights are fetched and read.
 
     The card's options are those of `ModelOptions`, and one of these two:
     `variant`: a preset's name, with the card's [[weights]], or with `random_seed` for random weights, which make noise;
+    with a variant also `checkpoint`: the path of a file in place of the card's weights;
     `folder`: of config.json and weights.safetensors, as `dcbench train` writes them; below this package, or any path.
     """
-    options = dict(card.options)
-    name, folder, seed = (options.pop(key, None) for key in ("variant", "folder", "random_seed"))
-    chosen: ModelOptions = settings(ModelOptions, options, "options")
+    chosen, cfg = _options(card)
     sampling: Sampling = settings(Sampling, card.sampling, "sampling")
-    if (name is None) == (folder is None):
-        raise UserError(f"{card.name}: give options.variant (with weights) or options.folder, one of the two")
-    cfg = read_config(folder) if folder is not None else variant(name)
+    folder, seed = card.options.get("folder"), card.options.get("random_seed")
     check_factors(chosen.image_scale_factors, cfg.unet.cross_attentions)
     schedule = diffusion.make_schedule(**dataclasses.asdict(cfg.diffusion))
     diffusion.ddim_steps(schedule, sampling.steps, sampling.spacing, sampling.eta)
     if seed is not None:
         networks = Networks.random(cfg, seed)
     else:
-        networks, schedule = load_networks(_weights(card, folder, runtime.offline), cfg)
+        networks, schedule = load_networks(_weights(card, folder, runtime.offline), cfg, chosen.ema)
     return DynamiCrafter(card, networks, schedule, sampling, chosen, runtime)
 
 
@@ -62,6 +92,8 @@ def _folder(folder: Any) -> Path:
 def _weights(card: ModelCard, folder: Any, offline: bool) -> Path:
     if folder is not None:
         return _folder(folder) / "weights.safetensors"
+    if checkpoint := card.options.get("checkpoint"):
+        return Path(str(checkpoint)).expanduser()
     if not card.weights:
         raise UserError(f"{card.name}: its card names no [[weights]]; options.random_seed tries it with random ones")
     return weights.fetch(card.weights[0], offline)

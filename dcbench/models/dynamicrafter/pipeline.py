@@ -7,7 +7,6 @@ noise generator a clip, so that a clip does not depend on its batch.
 import contextlib
 import dataclasses
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -19,9 +18,10 @@ from dcbench import clips
 from dcbench.catalogue import ModelCard
 from dcbench.errors import UserError, near_match
 from dcbench.models import diffusion
-from dcbench.models.base import Request, Runtime
+from dcbench.models.base import CutPrompts, Request, Runtime
 from dcbench.models.diffusion import Guidance, Schedule
 from dcbench.models.dynamicrafter import conditioning
+from dcbench.models.dynamicrafter.config import Config
 from dcbench.models.dynamicrafter.image_scale import ImageScale
 from dcbench.models.dynamicrafter.networks import Networks
 from dcbench.seeding import generator
@@ -58,6 +58,8 @@ class ModelOptions:
     vdg: bool = True
     image_scale: float | None = None
     image_scale_factors: Mapping[str, float] = field(default_factory=dict)
+    any_motion: bool = False  # clips may ask for a motion that the model was not trained with
+    ema: bool = False  # sample with the moving average that the file holds beside its weights
     decode_chunk: int = 4  # frames decoded at once; 0 = all
     offload: bool = False  # networks stay on the CPU and visit the device when they are needed
     batch_guidance: bool = True  # the branches of guidance in one batch: faster, more memory
@@ -79,6 +81,30 @@ def settings(kind: type, given: dict[str, Any], what: str) -> Any:
         if not (same and isinstance(value, (int, float) if wanted is float else wanted)):
             raise UserError(f"{what}.{name} = {value!r}: expected {wanted.__name__}")
     return kind(**given)
+
+
+def motion_of(cfg: Config, fps: float, frame_stride: int | None) -> int:
+    """The U-Net's motion condition: the frame stride for the 256 model, frames per second for the others."""
+    if cfg.fs_meaning == "fps":
+        return max(1, math.floor(fps + 1e-6))
+    return cfg.fs if frame_stride is None else frame_stride
+
+
+def check_motion(cfg: Config, name: str, motion: int, what: str) -> None:
+    """Raise UserError for a motion condition that the model was not trained with; `what` asks for it."""
+    low, high = cfg.fs_range
+    if low <= motion <= high:
+        return
+    raise UserError(
+        f"{what} asks for a {cfg.fs_meaning} of {motion}: {name} was trained with a {cfg.fs_meaning} of {low} to "
+        f"{high}. Ask for one of these (a protocol's frame_stride decides it), or try it: --set options.any_motion=true"
+    )
+
+
+def check_frames(cfg: Config, name: str, clip_id: str, num_frames: int) -> None:
+    """Raise UserError for more frames than the model makes at once."""
+    if not 1 <= num_frames <= cfg.num_frames:
+        raise UserError(f"clip {clip_id}: {num_frames} frames were asked for; {name} makes up to {cfg.num_frames}")
 
 
 @dataclass(frozen=True)
@@ -127,6 +153,8 @@ class DynamiCrafter:
         self.empty_tokens = conditioning.tokenize([""], self.cfg.clip)
         self.on_step: Progress | None = None
         self._unconditional: dict[str, Tensor] = {}
+        self._cut = CutPrompts()
+        self.clip_facts = self._cut.clip_facts
 
     @property
     def image_scale(self) -> ImageScale:
@@ -232,20 +260,14 @@ class DynamiCrafter:
             return []
         size = (self.cfg.height, self.cfg.width)
         for request in requests:
-            if not 1 <= request.num_frames <= self.cfg.num_frames:
-                raise UserError(
-                    f"clip {request.clip_id}: {request.num_frames} frames were asked for; {self.card.name} makes up to "
-                    f"{self.cfg.num_frames}"
-                )
+            check_frames(self.cfg, self.card.name, request.clip_id, request.num_frames)
             if self.cfg.interpolates and request.end_image is None:
                 raise UserError(
                     f"clip {request.clip_id}: {self.card.name} fills in between two images and needs an end image. "
                     "For one image take dynamicrafter, dynamicrafter-512 or dynamicrafter-1024."
                 )
-            if (count := conditioning.count_tokens(request.prompt)) > self.cfg.clip.context_length:
-                warnings.warn(
-                    f"a prompt has {count} tokens; CLIP reads the first {self.cfg.clip.context_length}", stacklevel=2
-                )
+            count = conditioning.count_tokens(request.prompt)
+            self._cut.note(self.card.name, request.clip_id, count, self.cfg.clip.context_length, "CLIP")
         images = torch.cat([clips.to_float(clips.resize(request.image[None], *size)) for request in requests])
         ends = None
         if self.cfg.interpolates:
@@ -265,17 +287,12 @@ class DynamiCrafter:
     def with_motion(self, request: Request, motion: int | None) -> Request:
         """The request with this frame stride or fps, whichever the model takes; see `TakesMotion`."""
         given = self.cfg.fs if motion is None else motion
-        low, high = self.cfg.fs_range
-        if not low <= given <= high:
-            meaning = self.cfg.fs_meaning
-            raise UserError(f"--motion {given}: {self.card.name} was trained with a {meaning} of {low} to {high}")
+        if not self.options.any_motion:
+            check_motion(self.cfg, self.card.name, given, "--motion")
         return dataclasses.replace(request, num_frames=self.cfg.num_frames, fps=float(given), frame_stride=given)
 
     def fs(self, request: Request) -> int:
-        """The U-Net's motion condition: the frame stride for the 256 model, frames per second for the others."""
-        if self.cfg.fs_meaning == "fps":
-            return max(1, math.floor(request.fps + 1e-6))
-        return self.cfg.fs if request.frame_stride is None else request.frame_stride
+        return motion_of(self.cfg, request.fps, request.frame_stride)
 
     def draws(self, seeds: Sequence[int]) -> Draws:
         """Noise of the clips, from one CPU generator for each clip and use: the same in any batch, on any device."""
