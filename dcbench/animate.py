@@ -53,8 +53,7 @@ def read_story(path: Path) -> tuple[list[Scene], float | None]:
     data = read_bytes(path)
     try:
         text = data.decode()
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise UserError(f"{path}: aliases (*name) are not read; write the value again")  # nested, they explode
+        _check_yaml(text, path)
         story = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not valid YAML: {first_line(error)}") from error
@@ -65,6 +64,17 @@ def read_story(path: Path) -> tuple[list[Scene], float | None]:
     if fps is not None and (isinstance(fps, bool) or not isinstance(fps, (int, float)) or not 0 < fps <= 240):
         raise UserError(f"{path}: fps is {fps!r}; give a number above 0, up to 240")
     return [_scene(scene, number, path) for number, scene in enumerate(story["scenes"], 1)], fps
+
+
+def _check_yaml(text: str, path: Path) -> None:
+    """Raise UserError for YAML that takes hours or gigabytes: nested lists, aliases of aliases."""
+    depth = 0
+    for token in yaml.scan(text):
+        depth += isinstance(token, yaml.FlowSequenceStartToken | yaml.FlowMappingStartToken)
+        depth -= isinstance(token, yaml.FlowSequenceEndToken | yaml.FlowMappingEndToken)
+        if depth > 20 or isinstance(token, yaml.AliasToken):
+            what = "aliases (*name) are not read" if depth <= 20 else "it is nested too deeply"
+            raise UserError(f"{path}: {what}; write the values as in docs/dynamicrafter.md")
 
 
 def _scene(scene: Any, number: int, path: Path) -> Scene:
