@@ -20,6 +20,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from dcbench.errors import UserError
 from dcbench.metrics import functional as fn
 from dcbench.metrics.base import score_statistic, score_values
 from dcbench.metrics.design import Design
@@ -113,8 +114,16 @@ def trial_of_sets(cell: tuple, trial: int) -> list[float]:
     row = [fvd[0].value or 0.0, *(fvd[0].ci95 or (math.nan, math.nan)), fvd[0].details.get("bias_corrected", math.nan)]
     row += [kvd[0].value or 0.0, holds(kvd[0], true_kvd(kind)), fn.kernel_distance(reference, tied)]
     for scores in (fvd, kvd):
-        row += [float(compare_scores(scores[0], other).p_value <= 0.05) for other in scores[1:]]
+        row += [rejected(scores[0], other) for other in scores[1:]]
     return row
+
+
+def rejected(first: Score, second: Score) -> float:
+    """1.0 if the test tells them apart. NaN if the difference has no spread at all (tie 1: no noise is left in FVD)."""
+    try:
+        return float(compare_scores(first, second).p_value <= 0.05)
+    except UserError:
+        return math.nan
 
 
 def trial_of_infinity(cell: tuple, trial: int) -> list[float]:

@@ -14,6 +14,7 @@ from scipy.special import ndtr, ndtri, stdtr, stdtrit
 from dcbench.errors import UserError
 from dcbench.record import Replicates, Score
 
+ROUNDING = 1e-9  # relative; smaller spreads are no spread: both models have the same value
 BLOCKS_OF_OLD = 16  # of the intervals in older records
 FEW_GROUPS = 6  # with fewer, all sign flips of a perfect difference give p > 0.05, so nothing can be told
 Interval = tuple[float, float]
@@ -253,8 +254,9 @@ def compare_replicates(
     biased = replicates[0].biased and replicates[1].biased
     value, error, degrees = result.bias_corrected if biased else plain, result.standard_error, result.degrees
     method = f"jackknife over {' and '.join(str(len(stratum)) for stratum in gaps.strata)} blocks"
-    if error == 0:
-        if value != 0:
+    scale = max(abs(number) for one in replicates for stratum in one.strata for _, number in stratum)
+    if error <= ROUNDING * scale:
+        if abs(value) > ROUNDING * scale:
             raise UserError("each block of clips gives the same difference, so there is no error to test it with")
         return Comparison(0.0, (0.0, 0.0), 1.0, method, n, n_groups, plain=plain if biased else None)
     return Comparison(

@@ -400,3 +400,13 @@ def test_a_design_of_one_side_is_that_of_means() -> None:
     score = score_values([{"value": float(k)} for k in range(8)], [str(k) for k in range(8)])
     assert score.replicates is not None
     assert score.replicates.design == Design.of([], [str(k) for k in range(8)]).digest
+
+
+def test_values_that_differ_by_rounding_alone_are_equal():
+    """Two models whose clips are the references plus and minus the same shift have one FVD, up to the last digits."""
+    real = torch.randn(64, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    shift = torch.tensor([1.0, 0, 0, 0], dtype=torch.float64)
+    names = [str(k) for k in range(64)]
+    scores = [score_frechet(real, real + sign * shift, names) for sign in (1, -1)]
+    found = compare_scores(*scores)
+    assert (found.difference, found.ci95, found.p_value) == (0.0, (0.0, 0.0), 1.0)
