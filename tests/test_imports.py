@@ -9,13 +9,13 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dcbench"
 
 LEVELS = {
-    "errors": 0, "version": 0, "escape": 0, "facts": 1, "files": 1, "shapes": 4,
-    "catalogue": 2, "record": 2, "progress": 1, "seeding": 1,
-    "clips": 3, "trust": 3, "weights": 4, "machine": 3, "protocol": 3, "pictures": 3,
-    "video_files": 3, "video_worker": 3, "video_processes": 3, "video": 4,
-    "models": 5, "datasets": 5, "metrics": 5,
-    "ranks": 6, "runs": 8, "animate": 7, "training": 7, "reports": 10,
-    "analysis": 11, "cli": 12, "__main__": 13, "__init__": 13,
+    "errors": 0, "version": 0, "escape": 0, "facts": 2, "files": 1, "shapes": 5,
+    "catalogue": 3, "record": 3, "progress": 1, "seeding": 1,
+    "clips": 4, "trust": 4, "weights": 5, "machine": 4, "protocol": 4, "pictures": 4,
+    "video_files": 4, "video_worker": 4, "video_processes": 4, "video": 5,
+    "models": 6, "datasets": 6, "metrics": 6,
+    "ranks": 7, "runs": 9, "animate": 8, "training": 8, "reports": 11,
+    "analysis": 12, "cli": 13, "__main__": 14, "__init__": 14,
 }  # fmt: skip
 SIDE_BY_SIDE = {"models", "datasets", "metrics"}
 NO_TORCH = (
