@@ -261,8 +261,8 @@ def _choose(
             lost += 1
         elif (case := make_case(protocol, item, info, run_seed)) is None:
             needed = protocol.span if protocol.short_videos == "drop" else protocol.num_frames
-            rate = f" at {protocol.fps:g} fps" if protocol.fps else ""
-            reason = f"{info.num_frames} frames at {info.fps:g} fps; {needed}{rate} are needed"
+            read = (f" at {info.fps:g} fps", f" at {protocol.fps:g} fps") if protocol.fps else ("", "")
+            reason = f"{info.num_frames} frames{read[0]}; {needed}{read[1]} are needed"
             excluded.append(Excluded(id=item.id, reason=reason, rule="short"))
         else:
             chosen.append(case)

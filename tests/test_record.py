@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 
@@ -76,11 +77,16 @@ def test_a_record_of_another_version_is_refused(tmp_path):
         read_record(tmp_path / "nowhere")
 
 
-def test_a_failed_write_leaves_the_old_text(tmp_path):
+def test_a_failed_write_leaves_the_old_text(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     write_text(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_text(path, "new \udcff")
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_text(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 

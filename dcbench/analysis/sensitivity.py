@@ -402,7 +402,8 @@ def _features(run: Run, cases: Sequence[Case], choice: Choice, options: Options)
         if case.id in made and case.id in real:
             other = (changed.protocol.reference_videos == "disjoint" and case.apart) or case
             rows[case.id] = Row(real[case.id], made[case.id], other.group or other.id, case.group or case.id)
-    return rows, seen.failures
+    lacking = seen.lacking.get(metric.observation_key, {})
+    return rows, [*seen.failures, *(Failure(id=clip_id, reason=reason) for clip_id, reason in lacking.items())]
 
 
 def _fewer_clips(features: Features, kept: Sequence[str], distances: Callable) -> list[Outcome]:

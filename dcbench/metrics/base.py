@@ -36,7 +36,7 @@ NO_SPREAD = "none: the value is the same without any part of the clips"
 
 
 NEEDED = {
-    "image": "the input image, a frame of its reference clip",
+    "image": "the input image",
     "prompt": "a caption",
     "reference": "a reference clip",
     "fps": "a frame rate",
@@ -168,7 +168,8 @@ class Metric:
         """A message that names the first input that the metric needs and the case does not have. None: it has all."""
         for name in self.card.needs:
             if getattr(view, name) is None:
-                return f"no {name if name != 'prompt' else 'caption'}: {self.card.name} needs {NEEDED[name]}"
+                without = "no caption: " if name == "prompt" else ""
+                return f"{without}{self.card.name} needs {NEEDED[name]}, which this clip does not have"
         return None
 
     def observe(self, view: View) -> Any:

@@ -180,7 +180,7 @@ def test_errors_say_what_to_do(tiny: dict[str, str], moving_clip: Tensor, tmp_pa
         ClipSimilarity("text", **tiny).update([moving_clip])  # type: ignore[arg-type]
     with pytest.raises(UserError, match="needs one image for each of the 1 clips; got 2"):
         ClipSimilarity("image", **tiny).update([moving_clip], images=moving_clip[:2])  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="a prompt is needed"):
+    with pytest.raises(UserError, match="a caption is needed"):
         observed(metric_of("clip_text", tiny), [moving_clip])
     with pytest.raises(UserError, match="at least 2"):
         observed(metric_of("clip_frames", tiny), [moving_clip[:1]], None, None)

@@ -178,7 +178,7 @@ def dangling(path: Path) -> None:
     [
         (claims, "no whole .npy"),
         (is_large, "9.6 GB of pixels"),
-        (bomb, "no whole image: Image size"),
+        (bomb, "no picture that can be read: Image size"),
         (odd_names, r"\x1b[2J"),
         (pipe, "neither a file nor a folder"),
         (dangling, "neither a file nor a folder"),

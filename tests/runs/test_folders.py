@@ -204,7 +204,9 @@ def test_what_one_metric_cannot_observe_the_others_can(tmp_path, cheap_metric):
     scores = read_record(found).scores
     assert (scores["corners"].n_reference, scores["corners"].n_generated) == (3, 3)
     assert (scores["words"].value, scores["words"].n_generated) == (3, 1)
-    assert scores["words"].warnings == ["2 clips do not count: no caption: words needs a caption"]
+    assert scores["words"].warnings == [
+        "2 clips do not count: no caption: words needs a caption, which this clip does not have"
+    ]
     assert (scores["picky"].value, scores["picky"].reason) == (None, "the clip is too dark")
 
 
