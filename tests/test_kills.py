@@ -93,15 +93,7 @@ sampling = { eta = 0.0, steps = 2 }
 SHAPES = ["--dataset", "shapes", "--device", "cpu"]
 CONVERT = "from dcbench.metrics.i3d import load_i3d; load_i3d()"
 KEPT = {  # what must not depend on how a command was executed
-    "run": [
-        "plan.json",
-        "manifest.jsonl",
-        "record.json",
-        "per_clip.jsonl",
-        "clips/*",
-        "report/table.md",
-        "report/*.html",
-    ],
+    "run": ["plan.json", "manifest.jsonl", "record.json", "per_clip.jsonl", "clips/*", "report/table.csv"],
     "train": ["*.safetensors", "config.json", "*/weights.safetensors"],
     "ablate": ["table.md", "table.csv", "*/*/record.json", "*/*/clips/*"],
     "convert": ["cache/i3d/*"],
