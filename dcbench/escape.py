@@ -4,6 +4,7 @@ Records, captions and file names may come from a stranger. One function for each
 no link, no picture, no formula, no control byte of a terminal.
 """
 
+import html
 import re
 from typing import Any
 
@@ -39,6 +40,11 @@ def markdown(text: str) -> str:
     """One line of Markdown, also inside a table, that is shown as `text`."""
     escaped = MARKDOWN.sub(lambda found: "\\" + found[0], plain(text))
     return re.sub(r"&(?=#?\w+;)", "&amp;", escaped).replace("<", "&lt;").replace(">", "&gt;")
+
+
+def shown(text: str) -> str:
+    """What `markdown` escaped, as a terminal should show it."""
+    return re.sub(r"\\([!-/:-@\[-`{-~])|&(?:lt|gt|amp);", lambda found: found[1] or html.unescape(found[0]), text)
 
 
 def tex(text: str) -> str:

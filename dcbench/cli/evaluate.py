@@ -30,7 +30,7 @@ from dcbench.cli.options import (
     run_options,
 )
 from dcbench.errors import UserError
-from dcbench.escape import plain
+from dcbench.escape import plain, shown
 
 if TYPE_CHECKING:
     from dcbench.reports import Choices
@@ -205,7 +205,7 @@ def _report(runs: list[Path], to: Path, choices: "Choices | None" = None) -> Non
     from dcbench.reports import write_report
 
     text = write_report(runs, to, choices)
-    print(text)
+    print(shown(text))
     print(f"report: {to}   record: {runs[0] / 'record.json'}")
 
 
@@ -261,7 +261,7 @@ def report(
         text = to_markdown(compared, [path.name for path in runs])
         write_text(out / "compare.md", text)
         write_text(out / "compare.json", to_json(compared))
-        print(f"{text}\nreport: {out}")
+        print(f"{shown(text)}\nreport: {out}")
         return
     from dcbench.reports import Choices
 

@@ -14,7 +14,7 @@ from records import published, run, score
 from dcbench.analysis.compare import Compared
 from dcbench.analysis.compare import to_markdown as compared_to_markdown
 from dcbench.analysis.sensitivity import Outcome, Sensitivity
-from dcbench.escape import CONTROLS, csv_cell, tex
+from dcbench.escape import CONTROLS, csv_cell, markdown, shown, tex
 from dcbench.metrics.statistics import compare_paired
 from dcbench.record import Cost
 from dcbench.reports.notations import COLUMN, costs_to_markdown, points, to_csv, to_latex, to_markdown
@@ -197,3 +197,10 @@ def test_latex_compiles_and_fits_the_column(tmp_path):
 def test_columns_with_one_heading_are_both_there():
     table = Table([("d", "X"), ("d", "X")], [("block", [(Cell("model"), [Cell("1"), Cell("2")])])])
     assert "Model & X & X \\\\" in to_latex(table)
+
+
+@pytest.mark.parametrize(
+    "text", ["a_b $X ~/c [1] p < 0.05 & q", r"back\slash \# \\", "&#27; &amp;lt; &\\#27;", "x|y*z`w`"]
+)
+def test_a_terminal_shows_markdown_as_the_text_that_it_was(text):
+    assert shown(markdown(text)) == text
