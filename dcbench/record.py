@@ -106,7 +106,7 @@ class Score(Stored):
 
     @model_validator(mode="after")
     def _value_is_inside_its_interval(self) -> "Score":
-        if self.ci95 is not None and self.value is not None:
+        if self.ci95 is not None and self.value is not None and self.n_groups is not None:  # not in older records
             low, high = self.ci95
             slack = 1e-6 * max(1.0, abs(self.value))
             if not low - slack <= self.value <= high + slack:
