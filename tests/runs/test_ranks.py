@@ -58,13 +58,10 @@ def finished(folder: Path) -> int:
     return len(list(folder.rglob("record.json")))
 
 
-FAULTS = [
-    "RuntimeError",
-    pytest.param("UserError", marks=pytest.mark.slow),
-    pytest.param("SIGKILL", marks=pytest.mark.slow),
-]
+FAULTS = ["RuntimeError", "UserError", "SIGKILL"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_run_ends_when_one_process_fails(fault, tmp_path):
     (tmp_path / "fault").write_text(fault)
@@ -80,7 +77,7 @@ def test_a_run_ends_when_one_process_fails(fault, tmp_path):
     assert finished(tmp_path) == 1
 
 
-@pytest.mark.parametrize("fault", ["UserError", *FAULTS[::2]])
+@pytest.mark.parametrize("fault", [FAULTS[0], *(pytest.param(fault, marks=pytest.mark.slow) for fault in FAULTS[1:])])
 def test_a_grid_goes_on_with_the_other_model(fault, tmp_path):
     (tmp_path / "fault").write_text(fault)
     code, said, seconds = torchrun(tmp_path, "--model", "model.py:Fails", "--model", "still")
