@@ -57,6 +57,7 @@ class Protocol(Facts):
     antialias: bool = True
     # which text
     caption: Literal["first", "random", "none"] = "first"
+    samples_per_item: int = _later(1, ge=1, le=1000)  # clips of each input, with seeds of their own
     # what metrics of sets, such as FVD, compare
     reference_videos: Literal["paired", "disjoint"] = _later("paired")  # disjoint: videos that are not animated
     scored_frames: Literal["all", "without_condition"] = _later("all")  # of both sides
@@ -81,12 +82,19 @@ class Protocol(Facts):
         data = self.model_dump() | own | {"datasets": {}}
         return validate(data, Protocol, f"protocol {self.name} for {dataset}")
 
+    def with_samples(self, count: int) -> "Protocol":
+        """The protocol with so many clips of each input, on every dataset."""
+        own = {name: {**values, "samples_per_item": count} for name, values in self.datasets.items()}
+        changed = self.model_dump() | {"samples_per_item": count, "datasets": own}
+        return validate(changed, Protocol, f"protocol {self.name} with {count} clips of each input")
+
     @property
     def compared(self) -> str:
-        """What metrics of sets compare, in words. "" for the usual: every frame, with the videos that are animated."""
+        """What is scored, in words. "" for the usual: one clip an input, every frame, with the animated videos."""
+        samples = f"{self.samples_per_item} clips of each input" if self.samples_per_item > 1 else ""
         videos = "with videos that are not animated" if self.reference_videos == "disjoint" else ""
         frames = "without the condition frame" if self.scored_frames == "without_condition" else ""
-        return ", ".join(filter(None, (videos, frames)))
+        return ", ".join(filter(None, (samples, videos, frames)))
 
     def identity(self) -> dict[str, Any]:
         """The fields that the fingerprint covers: all but title, summary and datasets."""
@@ -203,7 +211,23 @@ def plan_clips(
     if disjoint:
         chosen, more = add_apart(protocol, chosen, items, probe, run_seed, excluded)
         excluded += more
-    return sorted(chosen, key=lambda case: case.id), sorted(excluded, key=lambda entry: entry.id)
+    cases = [sample for case in chosen for sample in samples_of(case, protocol.samples_per_item, run_seed)]
+    return sorted(cases, key=Case.order), sorted(excluded, key=lambda entry: entry.id)
+
+
+def samples_of(case: Case, count: int, run_seed: int) -> list[Case]:
+    """The cases `<item>-0`, `<item>-1`, ... of several clips of one input. The case itself for one clip.
+
+    A reference video of its own (`apart`) stays with the first, because metrics of sets compare with it once.
+    """
+    if count == 1:
+        return [case]
+    made = []
+    for number in range(count):
+        changed = {"id": check_clip_id(f"{case.id}-{number}"), "item": case.id, "sample": number}
+        changed |= {"seed": clip_seed(run_seed, f"{case.id}-{number}"), "apart": None if number else case.apart}
+        made.append(case.model_copy(update=changed))
+    return made
 
 
 def add_apart(
@@ -219,7 +243,7 @@ def add_apart(
     They are the next usable videos in the protocol's order, never of a source video that is animated. The last cases
     have none if a video cannot be read. UserError if there are too few.
     """
-    animated = {case.group or case.id for case in cases}
+    animated = {case.cluster for case in cases}
     known = {entry.id for entry in excluded}
     order = [
         item

@@ -49,8 +49,36 @@ class Case(Stored):
     label: str | None = None
     group: str | None = None
     seed: int
+    # several clips of one input: the item that they belong to, and which of its clips this is. None: the only one
+    item: str | None = Field(default=None, exclude_if=lambda item: item is None)
+    sample: NonNegativeInt | None = Field(default=None, exclude_if=lambda sample: sample is None)
     # the clip of another video that metrics of sets compare with (protocol: reference_videos = "disjoint")
     apart: "Case | None" = Field(default=None, exclude_if=lambda apart: apart is None)
+
+    @model_validator(mode="after")
+    def _item_and_sample_belong_together(self) -> "Case":
+        if (self.item is None) != (self.sample is None):
+            raise ValueError(f"item is {self.item!r} and sample is {self.sample!r}; give both or none")
+        return self
+
+    @property
+    def item_id(self) -> str:
+        """The id of its item in the data set."""
+        return self.id if self.item is None else self.item
+
+    @property
+    def cluster(self) -> str:
+        """Clips of one cluster depend on each other: they have one source video, or one input image."""
+        return self.group or self.item_id
+
+    def order(self) -> tuple[str, int]:
+        """What a manifest is sorted by: the item, then the number of the clip."""
+        return self.item_id, self.sample or 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the only clip of its item, or the first one."""
+        return not self.sample
 
 
 class Excluded(Stored):

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from dcbench.errors import UserError
 from dcbench.escape import markdown
-from dcbench.metrics.base import Metric
+from dcbench.metrics.base import OVER_SAMPLES, Metric, best_of_each
 from dcbench.metrics.cache import FeatureCache
 from dcbench.metrics.statistics import Comparison, compare_paired, compare_scores, holm
-from dcbench.record import Record, Score, read_manifest, read_per_clip, read_record
+from dcbench.record import Case, Record, Score, read_per_clip, read_record
 from dcbench.reports.tables import chosen_metrics, show_value
 from dcbench.runs import planning
 from dcbench.runs.run import Options
@@ -42,7 +42,7 @@ def compare_runs(first: Path, second: Path, options: Options, metrics: Sequence[
     records = [read_record(path) for path in paths]
     _check_same_clips(records, paths)
     rows = [read_per_clip(path) for path in paths]
-    groups = {case.id: case.group or case.id for case in read_manifest(first / "manifest.jsonl")}
+    cases = planning.recorded_cases(first)
     failed = {failure.id for record in records for failure in record.failures}
     own = [name for name in metrics if name.endswith(".toml")]
     given = {score_name(card): card for card in choose_metrics(own)} if own else {}
@@ -56,11 +56,11 @@ def compare_runs(first: Path, second: Path, options: Options, metrics: Sequence[
             continue
         one, two = (record.scores[name] for record in records)
         compared.higher_is_better[name] = one.higher_is_better
-        values = [[table[i][name]["value"] for i in groups if _has(rows, i, name, failed)] for table in rows]
+        both = [case for case in cases if _has(rows, case.id, name, failed)]
         try:
-            if values[0]:
-                of = [groups[i] for i in groups if _has(rows, i, name, failed)]
-                compared.found[name] = compare_paired(values[0], values[1], of)
+            if both:
+                values = [[table[case.id][name]["value"] for case in both] for table in rows]
+                compared.found[name] = _paired(values, both, one)
             elif one.replicates and two.replicates and one.replicates.design == two.replicates.design:
                 compared.found[name] = compare_scores(one, two)
             else:
@@ -71,6 +71,17 @@ def compare_runs(first: Path, second: Path, options: Options, metrics: Sequence[
     if not compared.found and not compared.reasons:
         raise UserError(f"{first} and {second} have no metric in common; score both with the same --metrics")
     return compared
+
+
+def _paired(values: Sequence[Sequence[float]], cases: Sequence[Case], score: Score) -> Comparison:
+    """Compare the values of two runs on the cases; only the best clip of each input, if the score is of these."""
+    kept, clusters = values, [case.cluster for case in cases]
+    if score.metric.get("options", {}).get(OVER_SAMPLES) == "best":
+        items = [case.item_id for case in cases]
+        best = [best_of_each(side, items, bool(score.higher_is_better)) for side in values]
+        kept = [[side[i] for i in places] for side, places in zip(values, best, strict=True)]
+        clusters = [clusters[i] for i in best[0]]
+    return compare_paired(kept[0], kept[1], clusters)
 
 
 def _has(rows: Sequence[Mapping[str, dict]], case_id: str, name: str, failed: set[str]) -> bool:

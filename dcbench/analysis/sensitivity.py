@@ -201,7 +201,7 @@ def choices(run: Run, base: I3DExtractor, i3d: Sequence[Path] = ()) -> list[Choi
         other = I3DExtractor(base.mode, path, device)
         same = "the same numbers" if other.weights_sha256 == base.weights_sha256 else "other numbers"
         found.append(Choice(f"i3d-file-{path.name}", f"I3D weights from {path.name} ({same})", *own, other))
-    if sorted(case.id for case in run.cases) != sorted(run.items)[: len(run.cases)]:
+    if sorted(case.item_id for case in run.cases) != sorted(run.items)[: len(run.cases)]:
         what = f"reference: the dataset's first {len(run.cases)} videos, not those of the clips"
         found.append(Choice("reference-first", what, first_videos(run), own_generated, base, True))
     found += [
@@ -233,7 +233,8 @@ def choices(run: Run, base: I3DExtractor, i3d: Sequence[Path] = ()) -> list[Choi
             True,
         )
     )
-    if all(isinstance(run.items[case.id].video, video.VideoFile) for case in run.cases if case.id in run.items):
+    items = [run.items[case.item_id] for case in run.cases if case.item_id in run.items]
+    if all(isinstance(item.video, video.VideoFile) for item in items):
         for name in ("decord", "pyav") if video.has_decord() else ():
             found.append(
                 Choice(f"decoder-{name}", f"reference decoded by {name}", by_decoder(name), own_generated, base)
@@ -308,6 +309,7 @@ def measure(
     extracted twice. UserError for an unknown name in `only`, or fewer than 4 clips.
     """
     run = planning.reopen(path)
+    run.cases = [case for case in run.cases if case.is_first]  # of several clips of an input, one
     cases = run.cases[:limit]
     if len(cases) < 4:
         raise UserError(f"{path} has {len(cases)} clips; at least 4 are needed to compare choices")
@@ -401,7 +403,7 @@ def _features(run: Run, cases: Sequence[Case], choice: Choice, options: Options)
     for case in cases:
         if case.id in made and case.id in real:
             other = (changed.protocol.reference_videos == "disjoint" and case.apart) or case
-            rows[case.id] = Row(real[case.id], made[case.id], other.group or other.id, case.group or case.id)
+            rows[case.id] = Row(real[case.id], made[case.id], other.cluster, case.cluster)
     lacking = seen.lacking.get(metric.observation_key, {})
     return rows, [*seen.failures, *(Failure(id=clip_id, reason=reason) for clip_id, reason in lacking.items())]
 

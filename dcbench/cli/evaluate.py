@@ -24,6 +24,7 @@ from dcbench.cli.options import (
     Out,
     ProtocolName,
     Roots,
+    Samples,
     Seed,
     Settings,
     names,
@@ -46,6 +47,7 @@ def _prepare(
     manifest: Path | None,
     options: "Options",
     write: bool = True,
+    samples: int | None = None,
 ) -> "Run":
     from dcbench.catalogue import find_dataset, find_model, with_overrides
     from dcbench.protocol import find_protocol
@@ -53,6 +55,8 @@ def _prepare(
 
     model, dataset = with_overrides(find_model(cell.model), list(cell.settings)), find_dataset(cell.dataset)
     chosen = find_protocol(protocol or dataset.protocol)
+    if samples is not None:
+        chosen = chosen.with_samples(samples)
     problems = planning.missing(model, dataset, cell.data) if options.offline else []
     if problems:
         problems.append("This works right now: dcbench run --model dynamicrafter-tiny --dataset shapes")
@@ -74,6 +78,7 @@ def run(
     dtype: Dtype = None,
     batch_size: Batch = 1,
     seed: Seed = 123,
+    samples: Samples = None,
     settings: Settings = None,
     manifest: Manifest = None,
     download: Download = False,
@@ -88,7 +93,7 @@ def run(
     options = run_options(device, dtype, batch_size, download)
     write = not dry_run
     cells = grid.cells(model, dataset, data or [], settings or [], out, manifest)
-    planned = [_prepare(cell, protocol, seed, limit, manifest, options, write) for cell in cells]
+    planned = [_prepare(cell, protocol, seed, limit, manifest, options, write, samples) for cell in cells]
     if dry_run:
         for run in planned:
             _print_plan(run)
@@ -117,6 +122,7 @@ def sample(
     dtype: Dtype = None,
     batch_size: Batch = 1,
     seed: Seed = 123,
+    samples: Samples = None,
     settings: Settings = None,
     manifest: Manifest = None,
     download: Download = False,
@@ -127,7 +133,8 @@ def sample(
     from dcbench.runs.grid import Cell
     from dcbench.runs.sampling import sample as sample_run
 
-    run = _prepare(Cell(model, dataset, data, tuple(settings or ()), out), protocol, seed, limit, manifest, options)
+    cell = Cell(model, dataset, data, tuple(settings or ()), out)
+    run = _prepare(cell, protocol, seed, limit, manifest, options, samples=samples)
     sample_run(run, options)
     if rank() == 0:
         print(f"{len(run.cases)} clips of {run.name} are in {run.directory.path / 'clips'}")

@@ -1,6 +1,7 @@
 """The options that several commands share, and how they are read."""
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -50,11 +51,15 @@ ProtocolName = Annotated[
 ]
 Data = Annotated[Path | None, typer.Option("--data", help="Folder of the dataset's files.")]
 Out = Annotated[Path | None, typer.Option("--out", help="The run directory; default: runs/<names>-<hash>.")]
-Limit = Annotated[int | None, typer.Option("--limit", help="Maximum number of clips.")]
+Limit = Annotated[int | None, typer.Option("--limit", help="Maximum number of inputs (of clips, if each has one).")]
 MetricNames = Annotated[str | None, typer.Option("--metrics", help="Comma-separated; default: all that are available.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 ...")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="Autocast dtype on a GPU: float16 or bfloat16.")]
 Batch = Annotated[int, typer.Option("--batch-size", min=1, help="Clips per batch.")]
+Samples = Annotated[
+    int | None,
+    typer.Option("--samples", help="Clips of each input, each with its own seed; default: the protocol's."),
+]
 Seed = Annotated[int, typer.Option("--seed", help="The run's seed. Each clip's seed is derived from it.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="Change a card value: sampling.steps=25.")]
 Manifest = Annotated[Path | None, typer.Option("--manifest", help="Use the clips of an existing manifest.jsonl.")]
@@ -75,4 +80,6 @@ def run_options(device: str, dtype: str | None, batch_size: int, download: bool)
 
 
 def names(text: str | None) -> list[str] | None:
-    return [name.strip() for name in text.split(",") if name.strip()] if text else None
+    """The names in a comma-separated list. A comma in brackets does not separate: "fvd,lpips(net=vgg, frames=all)"."""
+    parts = re.findall(r"(?:[^,()]|\([^()]*\)?|\))+", text or "")
+    return [part.strip() for part in parts if part.strip()] or None

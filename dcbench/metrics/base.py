@@ -1,6 +1,7 @@
 """The base classes of metrics: their inputs from a case, their identity, their observations and their score."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,7 +32,9 @@ from dcbench.metrics.statistics import (
 )
 from dcbench.record import Replicates, Score
 
+OVER_SAMPLES = "over_samples"  # option of a card: which of several clips of an input count, "mean" (all) or "best"
 NO_INTERVAL = "none: fewer than 3 independent clips"
+TOO_FEW_LEFT = "none: without a part of them, the clips are too few for a value"
 NO_SPREAD = "none: the value is the same without any part of the clips"
 
 
@@ -40,6 +43,7 @@ NEEDED = {
     "prompt": "a caption",
     "reference": "a reference clip",
     "fps": "a frame rate",
+    "siblings": "another clip of the same input (--samples 2 or more)",
     "truth": "what the clip should show",
 }
 
@@ -53,6 +57,7 @@ class View:
     prompt: str | None = None
     reference: Tensor | None = None  # uint8 [t 3 h w]
     fps: float | None = None
+    siblings: Sequence[Tensor] | None = None  # uint8 [t 3 h w] each: the other clips of the same input
     truth: Mapping[str, Any] | None = None  # facts of the video from its data set, such as the scene of `shapes`
 
     def need(self, name: str) -> Any:
@@ -71,6 +76,7 @@ class Observations:
     reference: list[Any] = field(default_factory=list)
     groups: list[str] | None = None  # of each generated clip: its source video or input. None: all are independent
     reference_groups: list[str] | None = None  # of each reference clip; None: the list `groups`
+    items: list[str] | None = None  # of each generated clip: the item that it was made for. None: one clip an item
 
     @property
     def design(self) -> Design | None:
@@ -230,17 +236,49 @@ class SetMetric(Metric):
 
 
 class ClipMetric(Metric):
-    """A metric with a value per clip, averaged over the set, such as PIC. An observation is a dict with a "value"."""
+    """A metric with a value per clip, averaged over the set, such as PIC. An observation is a dict with a "value".
+
+    If there are several clips of each input, all count. With the card's option over_samples = "best", the best clip of
+    each input counts alone.
+    """
+
+    @cached_property
+    def observation_key(self) -> str:
+        options = {key: value for key, value in self.identity["options"].items() if key != OVER_SAMPLES}
+        return digest([self.identity | {"options": options}, self.extractor.identity], 32)
+
+    @property
+    def takes_best(self) -> bool:
+        """Whether only the best clip of each input counts. UserError for an unknown value of the option."""
+        chosen = self.card.options.get(OVER_SAMPLES, "mean")
+        if chosen not in ("mean", "best"):
+            raise UserError(f'{self.card.name}: {OVER_SAMPLES} is "{chosen}"; allowed: mean, best')
+        if chosen == "best" and self.card.higher_is_better is None:
+            raise UserError(f"{self.card.name}: no value is better than another, so there is no best clip of an input")
+        return chosen == "best"
 
     def observe(self, view: View) -> dict[str, Any]:
         raise NotImplementedError
 
     def score(self, seen: Observations) -> Score:
-        return score_values(seen.generated, seen.groups)
+        kept = self.kept(seen)
+        score = score_values(kept.generated, kept.groups)
+        if seen.items and (most := max(Counter(seen.items).values())) > 1:
+            score.details["samples"] = f"{'best' if self.takes_best else 'mean'} of {most} clips of each input"
+        return score
+
+    def kept(self, seen: Observations) -> Observations:
+        """The observations that count: all, or the best one of each item."""
+        if not self.takes_best or seen.items is None:
+            return seen
+        best = best_of_each([row["value"] for row in seen.generated], seen.items, bool(self.card.higher_is_better))
+        groups = None if seen.groups is None else [seen.groups[i] for i in best]
+        return Observations([seen.generated[i] for i in best], groups=groups)
 
     def difference(self, first: Observations, second: Observations) -> Comparison:
-        values = [[row["value"] for row in seen.generated] for seen in (first, second)]
-        return compare_paired(values[0], values[1], first.groups)
+        sides = self.kept(first), self.kept(second)
+        values = [[row["value"] for row in seen.generated] for seen in sides]
+        return compare_paired(values[0], values[1], sides[0].groups)
 
     def check(self, clip: Tensor, min_frames: int = 1) -> Tensor:
         """Return the clip if it is uint8 [t 3 h w] with at least `min_frames` frames. Otherwise raise UserError."""
@@ -248,6 +286,16 @@ class ClipMetric(Metric):
         if len(clip) < min_frames:
             raise UserError(f"{self.card.name} compares consecutive frames: a clip needs at least {min_frames} frames")
         return clip
+
+
+def best_of_each(values: Sequence[float], items: Sequence[str], higher_is_better: bool) -> list[int]:
+    """The place of the best value of each item, in the order of the items. Of equal values, the first."""
+    best: dict[str, int] = {}
+    sign = 1 if higher_is_better else -1
+    for place, item in enumerate(items):
+        if item not in best or sign * values[place] > sign * values[best[item]]:
+            best[item] = place
+    return list(best.values())
 
 
 def score_values(values: Sequence[dict[str, Any]], groups: Sequence[str] | None = None, n_reference: int = 0) -> Score:
@@ -313,7 +361,7 @@ def score_statistic(
     value = statistic(real, generated, design)
     score = Score(
         value=value,
-        ci_method=NO_INTERVAL,
+        ci_method=TOO_FEW_LEFT if design.blocks() else NO_INTERVAL,
         n_reference=len(real),
         n_generated=len(generated),
         n_groups=design.n_groups,

@@ -1,7 +1,8 @@
 """Scores one folder of videos against another. This is an ordinary run, but no clip is sampled."""
 
+import re
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -18,6 +19,8 @@ from dcbench.runs.directory import RunDirectory
 from dcbench.runs.run import Options, Run
 from dcbench.runs.scoring import choose_metrics, score
 from dcbench.version import __version__
+
+NUMBERED = re.compile(r"(?P<name>.+)-(?P<number>\d{1,4})")  # one of several clips of an input
 
 
 def score_folders(
@@ -58,6 +61,7 @@ def plan_folders(
     """A run whose generated clips are the videos of one folder, and whose reference clips are those of another.
 
     The protocol applies to both. See `pair` for what belongs together; a video without a partner is its own case.
+    Several clips of one input are called `<name of the reference video>-<number>`.
     `groups`: a file that names the source video or input image of videos of both folders; else each folder's own.
     `limit`: at most so many videos of each folder, pairs first.
     """
@@ -72,12 +76,14 @@ def plan_folders(
         )
     name, title = as_text(generated.resolve().name), as_text(reference.resolve().name)
 
-    def make() -> tuple[Run, list[Case]]:
+    def make() -> tuple[Run, list[Case], list[Case]]:
         real, made = (planning.folder_items(root, resolved, groups) for root in (reference, generated))
         partners = pair(made, real)
-        cases, lost = _plan(resolved, real, set(partners.values()), limit, "reference", quiet)
-        own, lost_clips = _plan(resolved, made, set(partners), limit, "generated", quiet)
-        clips = [(made[case.id], _renamed(case, partners, real)) for case in own]
+        samples = find_samples(made, real, partners)
+        paired = {*partners.values(), *(item for item, _ in samples.values())}
+        cases, lost = _plan(resolved, real, paired, limit, "reference", quiet)
+        own, lost_clips = _plan(resolved, made, {*partners, *samples}, limit, "generated", quiet)
+        clips = [(made[video_id], case) for video_id, case in _renamed(own, partners, samples, real)]
         plan = Plan(
             dcbench=__version__,
             model={"name": slug(name), "title": name},
@@ -94,11 +100,10 @@ def plan_folders(
         key = digest([resolved.identity(), *chosen], 8)
         directory = RunDirectory(out or Path("runs") / f"{slug(name)}-against-{slug(title)}-{key}")
         folder = {case.id: (item, case) for item, case in clips}
-        return Run(directory, plan, planning.with_partners(cases, own), resolved, real, folder=folder), own
+        return Run(directory, plan, planning.with_partners(cases, own), resolved, real, folder=folder), cases, own
 
-    run, own = together(make)
+    run, cases, own = together(make)
     request = {"root": str(reference.resolve()), "generated": str(generated.resolve())}
-    cases = [case for case in run.cases if run.has_reference(case)]
     on_first_rank(lambda: planning.write_plan(run.directory, run.plan, cases, request, own))
     if not quiet and rank() == 0:
         print(_summary(own, cases, reference), file=sys.stderr, flush=True)
@@ -133,6 +138,33 @@ def pair(generated: Mapping[str, Item], reference: Mapping[str, Item]) -> dict[s
     return pairs
 
 
+def find_samples(
+    generated: Mapping[str, Item], reference: Mapping[str, Item], partners: Mapping[str, str]
+) -> dict[str, tuple[str, int]]:
+    """Generated videos called `<name>-<number>`, by id: the id of the reference video `<name>`, and the number.
+
+    Only if neither the generated video nor the reference video has a partner of the same name. The names are compared
+    as in `pair`.
+    """
+    found: dict[str, tuple[str, int]] = {}
+    free = [item for item in reference.values() if item.id not in partners.values()]
+    keys: tuple[Callable[[PurePosixPath], object], ...] = (lambda path: path.with_suffix(""), lambda path: path.stem)
+    for key in keys:
+        names = _unique(free, key)
+        for item in generated.values():
+            path = PurePosixPath(item.path)
+            named = NUMBERED.fullmatch(path.stem)
+            if named is None or item.id in partners or item.id in found:
+                continue
+            name = key(path.with_name(named["name"] + path.suffix))
+            if name in names:
+                found[item.id] = names[name], int(named["number"])
+    if twice := [of for of, count in Counter(found.values()).items() if count > 1]:
+        files = [generated[video_id].path for video_id, of in found.items() if of == twice[0]]
+        raise UserError(f"{files[0]} and {files[1]} are both clip {twice[0][1]} of {twice[0][0]}; rename or remove one")
+    return found
+
+
 def _unique(items: Iterable[Item], key: Callable[[PurePosixPath], object]) -> dict[object, str]:
     """The id of each item whose key no other item has, by that key."""
     names = {item.id: key(PurePosixPath(item.path)) for item in items}
@@ -140,14 +172,36 @@ def _unique(items: Iterable[Item], key: Callable[[PurePosixPath], object]) -> di
     return {name: item_id for item_id, name in names.items() if count[name] == 1}
 
 
-def _renamed(case: Case, partners: Mapping[str, str], reference: Mapping[str, Item]) -> Case:
-    """The case of a generated video, with the id of its partner. Without one, with an id that no reference has."""
-    alone = f"{case.id}-generated" if case.id in reference else case.id
-    return case.model_copy(update={"id": partners.get(case.id, alone)})
+def _renamed(
+    own: Sequence[Case],
+    partners: Mapping[str, str],
+    samples: Mapping[str, tuple[str, int]],
+    reference: Mapping[str, Item],
+) -> list[tuple[str, Case]]:
+    """(id of the generated video, its case), with the id of its partner, or that of a clip of an input.
+
+    A video without a partner has an id that no reference has.
+    """
+    numbers: dict[str, list[int]] = defaultdict(list)
+    for case in own:
+        if case.id in samples:
+            numbers[samples[case.id][0]].append(samples[case.id][1])
+    found = []
+    for case in own:
+        changed = {"id": partners.get(case.id, f"{case.id}-generated" if case.id in reference else case.id)}
+        if case.id in samples:
+            item, number = samples[case.id]
+            name = f"{item}-{number}"
+            changed = {"id": f"{name}-generated" if name in reference else name, "item": item}
+            changed |= {"sample": sorted(numbers[item]).index(number)}
+        found.append((case.id, case.model_copy(update=changed)))
+    return found
 
 
 def _summary(own: Sequence[Case], cases: Sequence[Case], reference: Path) -> str:
     known = {case.id for case in cases}
-    alone = [case.video for case in own if case.id not in known]
+    alone = [case.video for case in own if case.item_id not in known]
     text = f"{len(own) - len(alone)} of {len(own)} generated videos have a partner of the same name in {reference}"
+    if several := {case.item for case in own if case.item}:
+        text += f"; {len(several)} inputs have several clips (NAME-0, NAME-1, ...)"
     return text + (f"; {alone[0]} has none" if alone else "")

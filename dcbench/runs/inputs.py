@@ -23,7 +23,7 @@ def write_inputs(
     limit: int | None = None,
     quiet: bool = False,
 ) -> int:
-    """Write images/<clip_id>.png, inputs.jsonl and manifest.jsonl. Returns the number of clips.
+    """Write images/<item>.png, inputs.jsonl and manifest.jsonl. Returns the number of clips.
 
     A line of inputs.jsonl has `clip_id image prompt num_frames fps width height seed`; `image` is relative to the
     folder. UserError if the folder is not empty, or a video cannot be read.
@@ -36,7 +36,7 @@ def write_inputs(
     for case, image in zip(run.cases, track(images, len(run.cases), "writing inputs", quiet=quiet), strict=True):
         if isinstance(image, UserError):
             raise image
-        name = f"images/{case.id}.png"
+        name = f"images/{case.item_id}.png"
         with atomic_write(out / name) as temporary:
             Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(temporary, "PNG")
         lines.append(

@@ -1,6 +1,7 @@
 """Planning a run: its clips are chosen once and stored, so that the same command continues with the same clips."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -55,7 +56,7 @@ def plan(
         if begun:
             return begun
         if manifest:
-            cases, excluded = record.read_manifest(manifest)[:limit], []
+            cases, excluded = _first_items(record.read_manifest(manifest), limit), []
             _check_manifest(cases, items, resolved, manifest)
         else:
             wanted = min(resolved.num_clips, len(items), limit or len(items))
@@ -103,10 +104,23 @@ def request_of(
 
 
 def with_partners(cases: Sequence[Case], own: Sequence[Case]) -> list[Case]:
-    """The cases of the reference videos, and cases without frames for clips without a reference. Sorted by id."""
-    known = {case.id for case in cases}
-    alone = [case.model_copy(update={"video": "", "frames": []}) for case in own if case.id not in known]
-    return sorted([*cases, *alone], key=lambda case: case.id)
+    """The cases of the reference videos, one for each clip, and cases without frames for clips without a reference."""
+    known, paired = {case.id: case for case in cases}, {case.item_id for case in own if case.sample is not None}
+    found = [case for case in cases if case.id not in paired]
+    for case in own:
+        if case.item is not None and case.item in known:
+            of_sample = {"id": case.id, "item": case.item, "sample": case.sample}
+            found.append(known[case.item].model_copy(update=of_sample))
+        elif case.id not in known:
+            found.append(case.model_copy(update={"video": "", "frames": []}))
+    return sorted(found, key=Case.order)
+
+
+def recorded_cases(path: Path) -> list[Case]:
+    """The cases of a run, from its files alone: neither its data set nor its clips have to be there."""
+    directory = RunDirectory(path)
+    cases = record.read_manifest(directory.manifest)
+    return with_partners(cases, record.read_manifest(directory.folder)) if directory.folder.is_file() else cases
 
 
 def folder_items(folder: Path, protocol: Protocol, groups: Path | None = None) -> dict[str, Item]:
@@ -239,10 +253,16 @@ def prober(wanted: int, what: str, quiet: bool) -> Callable[[Sequence[Item]], It
     return infos
 
 
+def _first_items(cases: list[Case], limit: int | None) -> list[Case]:
+    """The cases of the first `limit` items; None: all."""
+    kept = set(list(dict.fromkeys(case.item_id for case in cases))[:limit])
+    return [case for case in cases if case.item_id in kept]
+
+
 def _check_manifest(cases: list[Case], items: dict[str, Item], protocol: Protocol, path: Path) -> None:
     """Raise UserError if a given manifest does not fit this dataset and this protocol."""
     listed = with_apart(cases)
-    unknown = [case.id for case in listed if case.id not in items]
+    unknown = [case.item_id for case in listed if case.item_id not in items]
     if unknown:
         raise UserError(
             f"{path}: {len(unknown)} of {len(listed)} clips are not in this dataset's split {protocol.split!r}, "
@@ -251,6 +271,12 @@ def _check_manifest(cases: list[Case], items: dict[str, Item], protocol: Protoco
     wrong = [case.id for case in listed if len(case.frames) != protocol.num_frames]
     if wrong:
         raise UserError(f"{path}: clip {wrong[0]} does not have the protocol's {protocol.num_frames} frames")
+    for item_id, count in Counter(case.item_id for case in cases).items():
+        if count != protocol.samples_per_item:
+            raise UserError(
+                f"{path}: {count} clips of {item_id!r}, but the protocol asks for {protocol.samples_per_item} of each "
+                f"input. Give --samples {count}, or another manifest"
+            )
     _check_apart(cases, protocol, path)
 
 
@@ -263,8 +289,8 @@ def _check_apart(cases: Sequence[Case], protocol: Protocol, path: Path) -> None:
             f"{path} {lists} videos apart to compare with, but protocol {protocol.name} has reference_videos = "
             f'"{protocol.reference_videos}". Give the manifest of another run, or a protocol with "{fitting}"'
         )
-    animated = {case.group or case.id for case in cases}
-    if tied := [case.id for case in apart if (case.group or case.id) in animated]:
+    animated = {case.cluster for case in cases}
+    if tied := [case.id for case in apart if case.cluster in animated]:
         raise UserError(f"{path}: {tied[0]} is to be compared with, but its source video is animated")
 
 

@@ -67,9 +67,9 @@ class Run:
 
     def item(self, case: Case) -> Item:
         """The data set's item of a case. VideoError if the data set does not have it any more."""
-        if case.id not in self.items:
-            raise video.VideoError(f"{case.video or case.id} is not in the dataset any more")
-        return self.items[case.id]
+        if case.item_id not in self.items:
+            raise video.VideoError(f"{case.video or case.item_id} is not in the dataset any more")
+        return self.items[case.item_id]
 
     def has_reference(self, case: Case) -> bool:
         """False for a clip of a folder without a reference video."""

@@ -4,11 +4,12 @@ Each clip is decoded once for all metrics. The next clips are decoded while the 
 kept, so memory does not grow with the number of clips.
 """
 
+import contextlib
 import datetime
 import fnmatch
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -171,8 +172,9 @@ class Seen:
         return Observations(
             [made[case.id] for case in generated],
             [real[case.id] for case in reference],
-            [case.group or case.id for case in generated],
-            [case.group or case.id for case in observed],
+            [case.cluster for case in generated],
+            [case.cluster for case in observed],
+            [case.item_id for case in generated],
         )
 
 
@@ -183,6 +185,7 @@ class Prepared:
     case: Case
     reference: Tensor | None
     generated: Tensor | None
+    siblings: Sequence[Tensor] | None  # the other clips of its item, if a metric needs them
     truth: Mapping[str, Any] | None
     seen: Seen
     protocol: Protocol
@@ -199,9 +202,13 @@ def observe(run: Run, metrics: Sequence[Metric], cache: FeatureCache | None, cas
     parallel = [metric for metric in distinct if metric.in_workers]
     others = [metric for metric in distinct if not metric.in_workers]
     cores = torch.get_num_threads()
+    of_item: dict[str, list[Case]] = defaultdict(list)
+    for case in run.cases if any("siblings" in metric.card.needs for metric in distinct) else ():
+        of_item[case.item_id].append(case)
 
     def prepare(case: Case) -> Prepared:
-        done = _read(run, case, Seen(), run.has_generated(case))
+        siblings = [other for other in of_item[case.item_id] if other.id != case.id]
+        done = _read(run, case, Seen(), run.has_generated(case), siblings)
         if run.protocol.reference_videos == "disjoint" and case.apart:
             done.apart = _read(run, case.apart, done.seen, generated=False)
         for metric in parallel:
@@ -218,19 +225,35 @@ def observe(run: Run, metrics: Sequence[Metric], cache: FeatureCache | None, cas
         yield got.seen
 
 
-def _read(run: Run, case: Case, seen: Seen, generated: bool) -> Prepared:
-    """Decode the reference of a case and, if `generated`, the clip made for it."""
+def _read(run: Run, case: Case, seen: Seen, generated: bool, siblings: Sequence[Case] = ()) -> Prepared:
+    """Decode the reference of a case, if `generated` the clip made for it, and the clips of `siblings`."""
     reference = made = None
     if run.has_reference(case):
-        reference, seen.decoders[case.id] = run.reference(case)
+        reference, decoder = run.reference(case)
+        seen.decoders |= {case.id: decoder} if case.is_first else {}
     if generated:
-        made = run.generated(case)
+        try:
+            made = run.generated(case)
+        except UserError as error:
+            if case.sample is None or isinstance(error, video.PassingError):
+                raise  # without its clip, this pair of clips does not count
+            seen.failures.append(Failure(id=case.id, reason=str(error)))
     seen.pixels[case.id] = [pixels_sha256(clip) if clip is not None else "" for clip in (reference, made)]
     if reference is not None and made is not None and suspect.is_made_elsewhere(run):
         likeness = suspect.likeness(case, made, reference)
         seen.likenesses |= {} if likeness is None else {case.id: likeness}
-    item = run.items.get(case.id)
-    return Prepared(case, reference, made, item.truth if item else None, seen, run.protocol)
+    item = run.items.get(case.item_id)
+    others = _readable(run, siblings)
+    return Prepared(case, reference, made, others, item.truth if item else None, seen, run.protocol)
+
+
+def _readable(run: Run, cases: Sequence[Case]) -> list[Tensor] | None:
+    """The generated clips of the cases; those that cannot be read are left out. None: none is left."""
+    clips = []
+    for case in cases:
+        with contextlib.suppress(video.VideoError):  # it is a failure of its own case
+            clips.append(run.generated(case))
+    return clips or None
 
 
 def _observe_case(metric: Metric, of: Prepared, cache: FeatureCache | None) -> None:
@@ -241,7 +264,7 @@ def _observe_case(metric: Metric, of: Prepared, cache: FeatureCache | None) -> N
     key, is_set = metric.observation_key, isinstance(metric, SetMetric)
     sides = [(of, of.generated, of.seen.generated)]
     other = of.apart if is_set and of.protocol.reference_videos == "disjoint" else of
-    if other and metric.observes_reference:
+    if other and metric.observes_reference and other.case.is_first:
         sides.append((other, other.reference, of.seen.reference))
     for side, clip, table in sides:
         if clip is None:
@@ -266,6 +289,7 @@ def _view(metric: Metric, clip: Tensor, of: Prepared) -> View:
         "prompt": of.case.prompt if has_reference and of.case.prompt.strip() else None,
         "reference": of.reference,
         "fps": of.case.fps,
+        "siblings": of.siblings if clip is of.generated else None,
         "truth": of.truth,
     }
     return View(clip, **{name: known[name] for name in metric.card.needs})
@@ -285,6 +309,8 @@ def _observation(metric: Metric, view: View, of: Prepared, cache: FeatureCache |
         needed["reference"] = hashes[0]
     if "image" in needed:
         needed["image"] = pixels_sha256(needed["image"])
+    if "siblings" in needed:
+        needed["siblings"] = [pixels_sha256(clip) for clip in needed["siblings"]]
     if isinstance(metric, SetMetric):
         key = f"{metric.observation_key}-{digest([pixels, needed], 64) if needed else pixels}"
         found = cache.get(key, {"features": (metric.extractor.num_features,)})
