@@ -35,11 +35,20 @@ class WeightSource(Facts):
     revision: str = ""  # commit of that repository
     file: str = ""  # path inside the repository
     url: str = ""  # for files that lie elsewhere
-    sha256: str = ""  # "" = not published
+    sha256: str = ""  # or its first digits, as in the names of PyTorch's files; "" = not published
     size: int = 0  # bytes; 0 = unknown
     licence: str = ""
     gated: bool = False  # the repository needs an account and an agreement
     how: str = ""  # how to get it, if it cannot be fetched
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether the card names the one file that fits. Otherwise its first use decides (dcbench.trust)."""
+        return len(self.sha256) == 64
+
+    def fits(self, sha256: str) -> bool:
+        """Whether a file with this hash may be the file of the card."""
+        return sha256.startswith(self.sha256)
 
 
 class Published(Facts):
@@ -116,6 +125,7 @@ class MetricCard(Card):
 
 
 ENTRY_POINT = re.compile(r"([A-Za-z_]\w*(\.[A-Za-z_]\w*)*|[^\0]+\.py):[A-Za-z_]\w*")
+WITH_OPTIONS = re.compile(r"(?P<name>[^()]+)\((?P<options>[^()]*)\)")
 NO_MODULES = frozenset(sys.stdlib_module_names)  # os:system and builtins:eval are no models
 
 CardT = TypeVar("CardT", bound=Card)
@@ -220,7 +230,14 @@ def find_dataset(name: str) -> DatasetCard:
 
 
 def find_metric(name: str) -> MetricCard:
-    return _find("metrics", name)
+    """A card by name, alias or path; with other options: "lpips(net=vgg, frames=middle)"."""
+    given = WITH_OPTIONS.fullmatch(name)
+    if given is None:
+        return _find("metrics", name)
+    settings = [setting.strip() for setting in given["options"].split(",") if setting.strip()]
+    if wrong := [setting for setting in settings if "=" not in setting]:
+        raise UserError(f'"{name}": {wrong[0]} is no option; expected name(option=value)')
+    return with_overrides(_find("metrics", given["name"].strip()), [f"options.{setting}" for setting in settings], "")
 
 
 def known_card(kind: Kind, recorded: dict[str, Any]) -> Any:
@@ -290,8 +307,11 @@ def _import_file(path: Path) -> ModuleType:
     return module
 
 
-def with_overrides(card: CardT, settings: list[str]) -> CardT:
-    """The card with `key.path=value` applied (`--set sampling.steps=25`). UserError for a key that the card lacks."""
+def with_overrides(card: CardT, settings: list[str], how: str = "--set ") -> CardT:
+    """The card with `key.path=value` applied (`--set sampling.steps=25`). UserError for a key that the card lacks.
+
+    `how`: the word of the command line that gave them, for errors.
+    """
     data = card.model_dump()
     for setting in settings:
         key, equals, text = setting.partition("=")
@@ -308,11 +328,11 @@ def with_overrides(card: CardT, settings: list[str]) -> CardT:
             allowed = [f"{name}.{inner}" for name in ("sampling", "options", "clip") for inner in data.get(name) or {}]
             allowed += card.settable
             raise UserError(
-                f"--set {key}: {card.name} has no such key.{near_match(key, allowed)} "
+                f"{how}{key}: {card.name} has no such key.{near_match(key, allowed)} "
                 f"Its keys: {', '.join(allowed) or 'none'}."
             )
-        table[last] = _like(table[last], text.strip(), key)
-    return validate(data, type(card), f"{card.name} with --set")
+        table[last] = _like(table[last], text.strip(), f"{how}{key}")
+    return validate(data, type(card), f"{card.name} with {', '.join(settings)}")
 
 
 def _like(old: Any, text: str, key: str) -> Any:
@@ -326,5 +346,5 @@ def _like(old: Any, text: str, key: str) -> Any:
     if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if old is not None and type(value) is not type(old):
-        raise UserError(f"--set {key}={text}: expected {type(old).__name__}, such as {old!r}")
+        raise UserError(f"{key}={text}: expected {type(old).__name__}, such as {old!r}")
     return value

@@ -26,14 +26,14 @@ def check(source: WeightSource, path: Path, folder: Path) -> None:
     """Raise UserError if a file is not the pinned one, or not that of its first use. The first use is written down."""
     now = _stamp(path)
     before = known(folder, source.name)
-    if before.get("stamp") == now and (not source.sha256 or before.get("sha256") == source.sha256):
+    if before.get("stamp") == now and source.fits(str(before.get("sha256"))):
         return
     found = sha256_file(path)
-    if source.sha256 and found != source.sha256:
+    if not source.fits(found):
         raise UserError(
             f"{path}: sha256 is {found}, expected {source.sha256}, which its card pins. Remove it and fetch it again"
         )
-    if not source.sha256 and before.get("sha256", found) != found:
+    if not source.is_pinned and before.get("sha256", found) != found:
         raise UserError(
             f"{path} was changed: its sha256 is {found}, at its first use it was {before['sha256']}. Bring the first "
             "file back; or, if you changed it, accept it: dcbench weights verify NAME --accept"

@@ -102,7 +102,7 @@ def fetch(source: WeightSource, offline: bool = False, to: Path | None = None) -
         if not path.is_file():  # another process may have fetched it meanwhile
             check_free(source, folder)
             got = _download(source, folder)
-            if source.sha256 and (actual := sha256_file(got)) != source.sha256:
+            if not source.fits(actual := sha256_file(got)):
                 got.unlink()
                 raise UserError(
                     f"{source.name}: sha256 is {actual}, expected {source.sha256}; the download was removed. Try again."
@@ -183,7 +183,7 @@ def _download(source: WeightSource, folder: Path) -> Path:
             )
         import pooch
 
-        known = f"sha256:{source.sha256}" if source.sha256 else None
+        known = f"sha256:{source.sha256}" if source.is_pinned else None
         return Path(pooch.retrieve(source.url, known, fname=Path(source.name).name, path=partial, progressbar=True))
     except Exception as error:  # network and hub raise many types; the message shows the cause
         raise MissingWeights(

@@ -52,7 +52,12 @@ ProtocolName = Annotated[
 Data = Annotated[Path | None, typer.Option("--data", help="Folder of the dataset's files.")]
 Out = Annotated[Path | None, typer.Option("--out", help="The run directory; default: runs/<names>-<hash>.")]
 Limit = Annotated[int | None, typer.Option("--limit", help="Maximum number of inputs (of clips, if each has one).")]
-MetricNames = Annotated[str | None, typer.Option("--metrics", help="Comma-separated; default: all that are available.")]
+MetricNames = Annotated[
+    str | None,
+    typer.Option(
+        "--metrics", help="Comma-separated; name(option=value) for another option. Default: all that are available."
+    ),
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 ...")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="Autocast dtype on a GPU: float16 or bfloat16.")]
 Batch = Annotated[int, typer.Option("--batch-size", min=1, help="Clips per batch.")]

@@ -130,7 +130,7 @@ def _verified(source: WeightSource, accept: bool) -> str:
 
     path, folder = _place(source), weights_dir()
     known = trust.known(folder, source.name)
-    if accept and not source.sha256 and path is not None:
+    if accept and not source.is_pinned and path is not None:
         trust.write(folder, source.name, None)
         known = {}
     if path is None:
@@ -144,9 +144,11 @@ def _verified(source: WeightSource, accept: bool) -> str:
     else:
         found, size = sha256_file(path), human_size(path.stat().st_size)
         said = f"{source.name} ({size}): sha256 {found}"
-        if source.sha256:
-            state = "pinned" if found == source.sha256 else "WRONG"
-            said += "" if state == "pinned" else f", expected {source.sha256}; remove {path}"
+        if not source.fits(found):
+            state = "WRONG"
+            said += f", expected {source.sha256}; remove {path}"
+        elif source.is_pinned:
+            state = "pinned"
         else:
             first = known.get("sha256")
             state = "new" if first is None else "trusted" if first == found else "CHANGED"

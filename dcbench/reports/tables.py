@@ -17,8 +17,10 @@ from typing import Any
 
 from dcbench.catalogue import Card, MetricCard, ModelCard, cards, find_metric
 from dcbench.errors import UserError, near_match
+from dcbench.facts import validate
 from dcbench.files import digest
 from dcbench.metrics.statistics import Comparison, compare_scores, holm, jackknife
+from dcbench.protocol import Protocol
 from dcbench.record import Cost, Record, Score, read_cost, read_record
 from dcbench.runs.scoring import score_name
 
@@ -33,6 +35,14 @@ ORDER = (
     "clip_frames",
     "motion",
     "warp_error",
+    "psnr",
+    "psnr_middle",
+    "ssim",
+    "ssim_middle",
+    "lpips",
+    "lpips_middle",
+    "first_frame_psnr",
+    "first_frame_mse",
 )
 PUBLISHED = ("none", "same-protocol", "all")
 LITTLE_MOTION = 0.1  # a model with a smaller share of the real clips' motion gets a footnote
@@ -86,6 +96,11 @@ class Result:
     @property
     def block(self) -> str:
         return f"{self.record.plan.protocol['name']} v{self.record.plan.protocol['version']}"
+
+    @property
+    def compared(self) -> str:
+        """What is scored, where it is not the usual: see `Protocol.compared`."""
+        return validate(self.record.plan.protocol, Protocol, f"{self.path}, protocol").compared
 
     @property
     def is_bound(self) -> bool:
@@ -444,6 +459,8 @@ def _explain_losses(runs: Sequence[Result], found: Sequence[Number], table: Tabl
     for run in runs:
         for warning in run.record.warnings:
             table.note(f"{labels[run.path]} on {run.dataset}: {warning}")
+        if run.compared:
+            table.note(f"{run.block}: {run.compared}.")
         lost = {failure.id: failure.reason for failure in run.record.failures}
         if lost:
             first = next(iter(lost))

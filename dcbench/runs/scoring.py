@@ -86,9 +86,9 @@ def build_metrics(chosen: Sequence[MetricCard], runtime: Runtime, explicit: bool
         try:
             metric = load_entry_point(card)(card, runtime)
         except UserError as error:
-            if explicit:
-                raise
             reason = str(error).replace("weights fetch NAME", f"weights fetch {card.name}")
+            if explicit:
+                raise type(error)(reason) from error
             metrics.missing[score_name(card)] = card, reason
             continue
         if not isinstance(metric, Metric):

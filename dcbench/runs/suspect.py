@@ -6,7 +6,7 @@ from statistics import median
 from torch import Tensor
 
 from dcbench.clips import resize
-from dcbench.metrics.ssim import ssim_of
+from dcbench.metrics.pixels import ssim_of
 from dcbench.record import Case
 from dcbench.runs.run import Run
 
