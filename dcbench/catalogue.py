@@ -107,6 +107,7 @@ class DatasetCard(Card):
 
     protocol: str = "smoke"  # the default protocol of `dcbench run`
     needs_files: bool = True
+    takes_list: bool = False  # --data may be a list of the items, not only the folder
     videos: int = 0
     size: str = ""  # of the download
     layout: str = ""  # the files that dcbench expects in the dataset's root

@@ -58,7 +58,8 @@ class Protocol(Facts):
     # which text
     caption: Literal["first", "random", "none"] = "first"
     samples_per_item: int = _later(1, ge=1, le=1000)  # clips of each input, with seeds of their own
-    # what metrics of sets, such as FVD, compare
+    # what the clips are compared with. "none": the data set has pictures, or its films are not used
+    reference: Literal["clip", "none"] = _later("clip")
     reference_videos: Literal["paired", "disjoint"] = _later("paired")  # disjoint: videos that are not animated
     scored_frames: Literal["all", "without_condition"] = _later("all")  # of both sides
     dataset_options: dict[str, Any] = {}
@@ -69,6 +70,8 @@ class Protocol(Facts):
     def _some_frame_is_scored(self) -> "Protocol":
         if self.scored_frames == "without_condition" and self.num_frames == 1:
             raise ValueError('scored_frames = "without_condition" needs num_frames >= 2, got 1')
+        if self.reference == "none" and self.fps is None:
+            raise ValueError('reference = "none" needs fps: a picture has no frame rate of its own')
         return self
 
     @property
@@ -92,9 +95,10 @@ class Protocol(Facts):
     def compared(self) -> str:
         """What is scored, in words. "" for the usual: one clip an input, every frame, with the animated videos."""
         samples = f"{self.samples_per_item} clips of each input" if self.samples_per_item > 1 else ""
+        alone = "without reference clips" if self.reference == "none" and self.reference_videos == "paired" else ""
         videos = "with videos that are not animated" if self.reference_videos == "disjoint" else ""
         frames = "without the condition frame" if self.scored_frames == "without_condition" else ""
-        return ", ".join(filter(None, (samples, videos, frames)))
+        return ", ".join(filter(None, (samples, alone, videos, frames)))
 
     def identity(self) -> dict[str, Any]:
         """The fields that the fingerprint covers: all but title, summary and datasets."""
@@ -108,7 +112,7 @@ class ProbedVideo(Interface):
     def fps(self) -> float: ...
 
 
-ItemT = Any  # an item of a dataset; id, path, captions, label and group are used
+ItemT = Any  # an item of a dataset; id, path, captions, label, group and film are used
 Probe = Callable[[Sequence[ItemT]], Iterable[ProbedVideo | UserError]]
 
 
@@ -197,15 +201,17 @@ def plan_clips(
     ids = Counter(item.id for item in items)
     if twice := sorted(item_id for item_id, count in ids.items() if count > 1):
         raise UserError(f'the dataset has two videos with the id "{twice[0]}"; ids must be unique')
-    wanted = len(items) if protocol.selection == "all" else protocol.num_clips
+    inputs = [item for item in items if not item.film]
+    wanted = len(inputs) if protocol.selection == "all" else protocol.num_clips
     wanted = min(wanted, limit) if limit else wanted
     disjoint = protocol.reference_videos == "disjoint"
-    if disjoint and 2 * wanted > len(items):  # found before any video is read
-        raise _too_few(protocol, wanted, max(0, len(items) - wanted))
-    chosen, excluded = _choose(protocol, ordered(items, protocol), probe, run_seed, wanted)
+    others = len(items) - (wanted if len(inputs) == len(items) else len(inputs))
+    if disjoint and wanted > others:  # found before any video is read
+        raise _too_few(protocol, wanted, max(0, others))
+    chosen, excluded = _choose(protocol, ordered(inputs, protocol), probe, run_seed, wanted)
     if not chosen:
         raise UserError(
-            f"protocol {protocol.name}: no usable clip among {len(items)} videos of split {protocol.split!r}"
+            f"protocol {protocol.name}: no usable clip among {len(inputs)} videos of split {protocol.split!r}"
             + (f"; for example {excluded[0].id}: {excluded[0].reason}" if excluded else "")
         )
     if disjoint:
@@ -240,19 +246,22 @@ def add_apart(
 ) -> tuple[list[Case], list[Excluded]]:
     """The cases, each with the clip of a video that is not animated; and those of such videos that are excluded.
 
-    They are the next usable videos in the protocol's order, never of a source video that is animated. The last cases
-    have none if a video cannot be read. UserError if there are too few.
+    They are the films of the data set that lie apart from its inputs; or else the next usable videos in the protocol's
+    order, never of a source video that is animated. The last cases have none if a video cannot be read. UserError if
+    there are too few.
     """
     animated = {case.cluster for case in cases}
     known = {entry.id for entry in excluded}
+    films = [item for item in items if item.film]
     order = [
         item
-        for item in ordered(items, protocol)
+        for item in ordered(films or items, protocol)
         if (item.group or item.id) not in animated and item.id not in known  # known to be too short, or unreadable
     ]
     if len(order) < len(cases):
         raise _too_few(protocol, len(cases), len(order))
-    others, more = _choose(protocol, order, probe, run_seed, len(cases))
+    whole = protocol.model_copy(update={"reference": "clip"})  # the other videos have all their frames
+    others, more = _choose(whole, order, probe, run_seed, len(cases))
     lost = sum(entry.rule == "unreadable" for entry in more)
     if len(others) + lost < len(cases):
         raise _too_few(protocol, len(cases), len(others))
@@ -296,7 +305,9 @@ def _choose(
 
 
 def make_case(protocol: Protocol, item: ItemT, info: ProbedVideo, run_seed: int) -> Case | None:
-    """The case of one video. None if the video is too short."""
+    """The case of one video, or of one picture. None if the video is too short."""
+    if protocol.reference == "none":
+        protocol = protocol.model_copy(update={"num_frames": 1})  # of the source: the input image alone
     rate = protocol.fps or info.fps
     step = info.fps / rate  # source frames from one frame to the next at this rate
     frames = choose_frames(protocol, item.id, math.floor((info.num_frames - 1) / step + 1e-6) + 1)

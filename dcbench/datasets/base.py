@@ -15,7 +15,7 @@ __all__ = ["Dataset", "Item", "Video", "VideoError", "VideoInfo", "find_root", "
 
 @dataclass(frozen=True)
 class Item:
-    """One video of a dataset."""
+    """One video of a dataset, or one picture."""
 
     id: str  # unique within the dataset, free of path separators
     video: Video
@@ -24,6 +24,7 @@ class Item:
     split: str
     label: str | None = None  # class name, if the dataset has classes
     group: str | None = None  # source video or recording that several items share (UCF-101: Class_gXX)
+    film: bool = False  # only for metrics of sets to compare with; never animated
     truth: Mapping[str, Any] | None = None  # JSON values: what the video shows, for metrics that need it
 
 
@@ -36,12 +37,12 @@ class Dataset(Protocol):
 
 
 def find_root(card: DatasetCard, data: Path | None) -> Path | None:
-    """The folder of a dataset's files: `data`, or else $DCBENCH_DATA/<name>. None if the dataset needs no files."""
+    """The folder (or list) of a dataset: `data`, or else $DCBENCH_DATA/<name>. None if the dataset needs no files."""
     if not card.needs_files:
         return None
     base = os.environ.get("DCBENCH_DATA")
     root = data.expanduser() if data else Path(base).expanduser() / card.name if base else None
-    if root is not None and root.is_dir():
+    if root is not None and (root.is_dir() or (card.takes_list and root.is_file())):
         return root
     looked = f"{root} does not exist" if root else "neither --data nor DCBENCH_DATA is given"
     raise UserError(

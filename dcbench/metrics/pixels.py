@@ -50,9 +50,8 @@ def ssim_of(frames: Tensor, others: Tensor) -> Tensor:
 
 
 def _ssim(frame: np.ndarray, other: np.ndarray) -> float:
-    return structural_similarity(
-        frame, other, data_range=255, channel_axis=0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
-    )
+    how: dict[str, Any] = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    return float(structural_similarity(frame, other, data_range=255, channel_axis=0, **how))  # type: ignore[arg-type]
 
 
 def fitted(image: Tensor, clip: Tensor) -> Tensor:

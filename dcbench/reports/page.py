@@ -99,8 +99,11 @@ class ClipSource:
         image, reference, missing = None, None, self.missing
         if not missing:
             try:
-                reference, _ = self.first.reference(case)
-                image = reference[case.condition_frame]
+                if self.first.has_reference(case) or not case.frames:
+                    reference, _ = self.first.reference(case)
+                    image = reference[case.condition_frame]
+                else:
+                    image, missing = self.first.image(case), "the input is a picture"
             except UserError as error:
                 missing = str(error).split("\n")[0]
         return Clips(case, image, reference, generated, lost, missing)
@@ -182,7 +185,7 @@ def _section(
         if shown.image is not None:
             image = f"{stem}-input.png"
             _write_png(to / image, shown.image)
-        row = ClipRow(case.id, case.prompt, image, case.fps, len(case.frames), videos, means[case.id])
+        row = ClipRow(case.id, case.prompt, image, case.fps, source.first.protocol.num_frames, videos, means[case.id])
         section.rows.append(row)
     return section
 

@@ -44,6 +44,8 @@ def plan(
     if limit is not None and limit < 1:
         raise UserError(f"--limit {limit}: it must be at least 1")
     resolved = protocol.resolved(dataset.name)
+    if resolved.reference == "none" and "reference" in model.conditions_on:
+        raise UserError(f"{model.name} is given the reference clip, and protocol {resolved.name} has none")
     if data is not None and dataset.needs_files:
         not_a_whole_disk(data.expanduser())
     items = together(lambda: load_items(dataset, find_root(dataset, data), resolved))
@@ -156,7 +158,7 @@ def reopen(path: Path, data: Path | None = None, dataset: DatasetCard | None = N
     join_ranks()
     run = open_run(path, record.read_plan(path))
     remembered = Path(str(run.directory.remembered().get("root") or ""))
-    root = data or (remembered if remembered.name and remembered.is_dir() else None)
+    root = data or (remembered if remembered.name and remembered.exists() else None)
     card = _recorded_dataset(run.plan, path, dataset)
     return replace(run, items=load_items(card, find_root(card, root), run.protocol))
 
@@ -268,9 +270,10 @@ def _check_manifest(cases: list[Case], items: dict[str, Item], protocol: Protoco
             f"{path}: {len(unknown)} of {len(listed)} clips are not in this dataset's split {protocol.split!r}, "
             f"for example {unknown[0]!r}; the split has ids such as {next(iter(items), 'nothing: it is empty')!r}"
         )
-    wrong = [case.id for case in listed if len(case.frames) != protocol.num_frames]
+    number = 1 if protocol.reference == "none" else protocol.num_frames
+    wrong = [case.id for case in cases if len(case.frames) != number]
     if wrong:
-        raise UserError(f"{path}: clip {wrong[0]} does not have the protocol's {protocol.num_frames} frames")
+        raise UserError(f"{path}: clip {wrong[0]} does not have the protocol's {number} frames")
     for item_id, count in Counter(case.item_id for case in cases).items():
         if count != protocol.samples_per_item:
             raise UserError(

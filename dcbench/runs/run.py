@@ -72,8 +72,9 @@ class Run:
         return self.items[case.item_id]
 
     def has_reference(self, case: Case) -> bool:
-        """False for a clip of a folder without a reference video."""
-        return bool(case.frames)
+        """False for a clip of a folder without a reference video, and for an input that is a picture."""
+        is_picture = self.protocol.reference == "none" and len(case.frames) == 1  # a video apart has all its frames
+        return bool(case.frames) and not is_picture
 
     def has_generated(self, case: Case) -> bool:
         """False for a reference video without a clip in the folder."""

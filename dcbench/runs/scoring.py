@@ -183,6 +183,7 @@ class Prepared:
     """A worker's result for a case: decoded clips, their hashes, and observations of metrics with `in_workers`."""
 
     case: Case
+    image: Tensor | None
     reference: Tensor | None
     generated: Tensor | None
     siblings: Sequence[Tensor] | None  # the other clips of its item, if a metric needs them
@@ -227,10 +228,13 @@ def observe(run: Run, metrics: Sequence[Metric], cache: FeatureCache | None, cas
 
 def _read(run: Run, case: Case, seen: Seen, generated: bool, siblings: Sequence[Case] = ()) -> Prepared:
     """Decode the reference of a case, if `generated` the clip made for it, and the clips of `siblings`."""
-    reference = made = None
+    image = reference = made = None
     if run.has_reference(case):
         reference, decoder = run.reference(case)
+        image = reference[case.condition_frame]
         seen.decoders |= {case.id: decoder} if case.is_first else {}
+    elif case.frames:
+        image = run.image(case)
     if generated:
         try:
             made = run.generated(case)
@@ -239,12 +243,12 @@ def _read(run: Run, case: Case, seen: Seen, generated: bool, siblings: Sequence[
                 raise  # without its clip, this pair of clips does not count
             seen.failures.append(Failure(id=case.id, reason=str(error)))
     seen.pixels[case.id] = [pixels_sha256(clip) if clip is not None else "" for clip in (reference, made)]
-    if reference is not None and made is not None and suspect.is_made_elsewhere(run):
-        likeness = suspect.likeness(case, made, reference)
+    if image is not None and made is not None and suspect.is_made_elsewhere(run):
+        likeness = suspect.likeness(case, made, image)
         seen.likenesses |= {} if likeness is None else {case.id: likeness}
     item = run.items.get(case.item_id)
     others = _readable(run, siblings)
-    return Prepared(case, reference, made, others, item.truth if item else None, seen, run.protocol)
+    return Prepared(case, image, reference, made, others, item.truth if item else None, seen, run.protocol)
 
 
 def _readable(run: Run, cases: Sequence[Case]) -> list[Tensor] | None:
@@ -283,10 +287,9 @@ def _observe_case(metric: Metric, of: Prepared, cache: FeatureCache | None) -> N
 
 def _view(metric: Metric, clip: Tensor, of: Prepared) -> View:
     """A clip with the inputs that the metric's card `needs`. The metric gets no others, so it cannot depend on them."""
-    has_reference = of.reference is not None
     known: dict[str, Any] = {
-        "image": of.reference[of.case.condition_frame] if of.reference is not None else None,
-        "prompt": of.case.prompt if has_reference and of.case.prompt.strip() else None,
+        "image": of.image,
+        "prompt": of.case.prompt if of.image is not None and of.case.prompt.strip() else None,
         "reference": of.reference,
         "fps": of.case.fps,
         "siblings": of.siblings if clip is of.generated else None,

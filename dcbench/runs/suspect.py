@@ -20,15 +20,15 @@ def is_made_elsewhere(run: Run) -> bool:
     return run.model is None or "folder" in run.model.options
 
 
-def likeness(case: Case, clip: Tensor, reference: Tensor) -> float | None:
-    """SSIM of the input image and the frame of the clip that should show it, at SIDE x SIDE. None: no such frame.
+def likeness(case: Case, clip: Tensor, image: Tensor) -> float | None:
+    """SSIM of the input image [3 h w] and the frame that should show it, at SIDE x SIDE. None: no such frame.
 
     The frames are small, so that compression and blur count little.
     """
     if case.condition_frame >= len(clip):
         return None
-    frame, image = (resize(frames[[case.condition_frame]], SIDE, SIDE, "squash") for frames in (clip, reference))
-    return float(ssim_of(frame, image)[0])
+    frame, other = (resize(side[None], SIDE, SIDE, "squash") for side in (clip[case.condition_frame], image))
+    return float(ssim_of(frame, other)[0])
 
 
 def warnings(run: Run, likenesses: Mapping[str, float]) -> list[str]:
