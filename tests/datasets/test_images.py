@@ -82,8 +82,8 @@ def test_a_list_chooses_pictures_and_may_name_one_twice(tmp_path: Path, name: st
         ("list.txt", "b.png\tone\nd.png\ttwo\n", r"list.txt, line 2: there is no picture 'd.png'"),
         ("list.txt", "b.png\n", r"line 1: expected a picture and its prompt"),
         ("list.csv", "name,text\nb.png,x\n", r"has the columns name, text; expected file, prompt"),
-        ("list.jsonl", '{"file": "b.png"}\n', r'line 1: expected \{"file": ..., "prompt": ...\}'),
-        ("list.jsonl", '{"file": ["b.png"], "prompt": "x"}\n', "must be texts"),
+        ("list.jsonl", '{"file": "b.png"}\n', r"line 1: expected"),
+        ("list.jsonl", '{"file": ["b.png"], "prompt": "x"}\n', "line 1: expected"),
         ("list.txt", "\n", "lists no picture"),
     ],
 )

@@ -59,7 +59,10 @@ def test_psnr_is_opencvs_and_its_planted_decibels() -> None:
     clip = smooth()
     other = (clip.float() + 20 * torch.randn(clip.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 255)
     other = other.to(torch.uint8)
-    peers = [cv2.PSNR(*(side[k].permute(1, 2, 0).numpy().copy() for side in (clip, other))) for k in range(len(clip))]
+    peers = []
+    for pair in zip(clip, other, strict=True):
+        one, two = (frame.permute(1, 2, 0).numpy().copy() for frame in pair)
+        peers.append(cv2.PSNR(one, two))
     assert psnr_of(clip, other).tolist() == pytest.approx(peers, abs=1e-4)  # 1.1e-6 dB from scikit-image on real clips
     # a constant difference of 8 grey levels: 20 log10(255 / 8) dB
     shifted = (clip // 2 + 8).to(torch.uint8)
