@@ -3,7 +3,7 @@
 motion: mean length of the flow between consecutive frames, in pixels at a short side of 256 (dynamic degree). It is per
 frame step, not per second, so compare only clips of one protocol.
 warp_error: mean squared difference of a frame and the next frame warped back along the flow, over visible pixels
-(Lai et al., ECCV 2018). Its detail `flicker` is the mean absolute difference of consecutive frames (VBench).
+(Lai et al., ECCV 2018).
 """
 
 import hashlib
@@ -97,24 +97,24 @@ def measure_motion(clip: Tensor, flow: OpticalFlow) -> dict[str, Any]:
 
 
 def measure_warp_error(clip: Tensor, flow: OpticalFlow) -> dict[str, Any]:
-    """uint8 [t 3 h w] -> {"value": mean squared error in [0, 1]², "flicker": mean |difference| in [0, 1], ...}."""
+    """uint8 [t 3 h w] -> {"value": mean squared error in [0, 1]², "visible": share of pixels, "per_frame"}."""
     frames = prepare(clip)
     grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames]
-    per_frame, flicker, seen = [], [], []
+    per_frame, seen = [], []
     for index, forward in enumerate(flow.along(grey)):
         backward = flow(grey[index + 1], grey[index])
         shown = visible(forward, backward)
         first, second = frames[index].astype(np.float32) / 255, frames[index + 1].astype(np.float32) / 255
         error = np.square(warp_back(second, forward) - first).mean(-1)
         per_frame.append(float(error[shown].mean()) if shown.any() else float(np.square(second - first).mean()))
-        flicker.append(float(np.abs(second - first).mean()))
         seen.append(float(shown.mean()))
-    return {
-        "value": float(np.mean(per_frame)),
-        "flicker": float(np.mean(flicker)),
-        "visible": float(np.mean(seen)),
-        "per_frame": per_frame,
-    }
+    return {"value": float(np.mean(per_frame)), "visible": float(np.mean(seen)), "per_frame": per_frame}
+
+
+MEASURES = {  # and the version of each. Version 1 of the warping error had a detail `flicker`, now a metric (steps.py)
+    "motion": (measure_motion, 1),
+    "warp_error": (measure_warp_error, 2),
+}
 
 
 class MotionMetric(ClipMetric):
@@ -124,7 +124,7 @@ class MotionMetric(ClipMetric):
 
     def __init__(self, card: MetricCard, kind: Kind) -> None:
         super().__init__(card, _shared())
-        self.measure = measure_motion if kind == "motion" else measure_warp_error
+        self.measure, self.version = MEASURES[kind]
 
     def observe(self, view: View) -> dict[str, Any]:
         with torch.inference_mode():
@@ -139,6 +139,6 @@ def _shared() -> OpticalFlow:
 def build(card: MetricCard, runtime: Any) -> MotionMetric:
     """Entry point of the cards `motion` and `warp_error`; options: kind."""
     kind = card.options.get("kind")
-    if kind not in ("motion", "warp_error"):
+    if kind not in MEASURES:
         raise UserError(f'{card.name}: options.kind is "{kind}"; allowed: motion, warp_error')
     return MotionMetric(card, kind)
