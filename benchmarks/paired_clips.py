@@ -1,6 +1,6 @@
 """Do intervals hold the truth, and do tests hold their level, when clips come in pairs and in groups?
 
-    uv run python benchmarks/paired_clips.py [--parts means sets infinity sizes] [--trials 400] [--processes 2]
+    uv run python benchmarks/paired_clips.py [--parts means inputs sets infinity sizes] [--trials 400] [--processes 2]
 
 Planted truth in 8 dimensions, which is cheap enough for many trials. Every number is drawn with a known distribution:
 normal, a mixture of two normals, or heavy tails (Student's t with 5 degrees of freedom). A generated clip is like its
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dcbench.errors import UserError
 from dcbench.metrics import functional as fn
-from dcbench.metrics.base import score_statistic, score_values
+from dcbench.metrics.base import best_of_each, score_statistic, score_values
 from dcbench.metrics.design import Design
 from dcbench.metrics.distances import score_frechet, score_frechet_infinity
 from dcbench.metrics.statistics import compare_paired, compare_scores
@@ -180,6 +180,31 @@ def trial_of_means(cell: tuple, trial: int) -> list[float]:
     return [holds(score, 0.0), float(null.p_value <= 0.05), float(better.p_value <= 0.05)]
 
 
+def clips_of_inputs(random: np.random.Generator, kind: str, inputs: int, each: int) -> np.ndarray:
+    """[inputs, each] values; clips of one input are alike, and the inputs have the distribution `kind`."""
+    shared = shaped(random.normal(size=(inputs, 1)), kind).numpy()
+    return math.sqrt(ALIKE) * shared + math.sqrt(1 - ALIKE) * random.normal(size=(inputs, each))
+
+
+@cache
+def true_best(kind: str, each: int) -> float:
+    """The mean of the best of `each` clips of an input, from 2 million inputs: its error is below 0.001."""
+    return float(clips_of_inputs(np.random.default_rng(11), kind, 2_000_000, each).max(1).mean())
+
+
+def trial_of_inputs(cell: tuple, trial: int) -> list[float]:
+    """The mean of several clips of each input, with inputs as clusters and without, and that of the best clips."""
+    kind, inputs, each = cell
+    clips = clips_of_inputs(np.random.default_rng([inputs, each, KINDS.index(kind), trial]), kind, inputs, each)
+    values = [{"value": float(value)} for value in clips.ravel()]
+    names = [str(number) for number in range(inputs) for _ in range(each)]
+    places = best_of_each([row["value"] for row in values], names, higher_is_better=True)
+    best = score_values([values[place] for place in places], [names[place] for place in places])
+    clustered, independent = score_values(values, names), score_values(values)
+    widths = [score.ci95[1] - score.ci95[0] if score.ci95 else math.nan for score in (clustered, independent)]
+    return [holds(clustered, 0.0), holds(independent, 0.0), holds(best, true_best(kind, each)), widths[0] / widths[1]]
+
+
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
@@ -227,6 +252,12 @@ def rows_of_means(cell: tuple, found: np.ndarray) -> str:
     return f"| {kind} | {groups} | {clips} | " + " | ".join(percent(column) for column in found.T) + " |"
 
 
+def rows_of_inputs(cell: tuple, found: np.ndarray) -> str:
+    kind, inputs, each = cell
+    held = " | ".join(percent(column) for column in found.T[:3])
+    return f"| {kind} | {inputs} | {each} | {held} | {np.nanmean(found[:, 3]):.2f} |"
+
+
 def grid(sizes: tuple[int, ...], ties: tuple[float, ...]) -> list[tuple]:
     """Normal numbers, one clip a video: all sizes and ties. Groups and other distributions: tie 0.9, fewer sizes."""
     cells = [("normal", n, "1", tie) for tie in ties for n in sizes]
@@ -243,6 +274,13 @@ PARTS: dict[str, Part] = {
         trial_of_means,
         rows_of_means,
         [(kind, n, g) for kind in KINDS for g in ("1", "4", "uneven") for n in (5, 8, 24, 64, 128, 256)],
+    ),
+    "inputs": (
+        "| inputs' values | inputs | clips of each | inputs as clusters: the interval holds the truth, % | clips as "
+        "independent, % | best clip of each input, % | width of the first / of the second |",
+        trial_of_inputs,
+        rows_of_inputs,
+        [(kind, n, each) for kind in KINDS for each in (2, 5) for n in (3, 6, 10, 20, 30, 64, 128)],
     ),
     "sets": (SETS, trial_of_sets, rows_of_sets, grid((24, 64, 128, 256), TIES)),
     "sizes": (
@@ -282,9 +320,11 @@ def measure(part: Part, trials: int, processes: int) -> Iterator[str]:
     heading, trial, to_row, cells = part
     yield heading
     yield "|" + "--:|" * (heading.count("|") - 1)
-    if trial in (trial_of_sets, trial_of_sizes):
-        for kind in KINDS:
-            true_kvd(kind)  # once, before the processes are forked
+    for kind in KINDS:  # once, before the processes are forked
+        if trial in (trial_of_sets, trial_of_sizes):
+            true_kvd(kind)
+        if trial is trial_of_inputs:
+            _ = true_best(kind, 2), true_best(kind, 5)
     with ProcessPoolExecutor(processes, get_context("fork")) as pool:
         step = math.ceil(trials / processes)
         parts = [range(k, min(k + step, trials)) for k in range(0, trials, step)]
