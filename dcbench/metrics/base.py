@@ -57,7 +57,7 @@ class View:
     prompt: str | None = None
     reference: Tensor | None = None  # uint8 [t 3 h w]
     fps: float | None = None
-    siblings: Sequence[Tensor] | None = None  # uint8 [t 3 h w] each: the other clips of the same input
+    siblings: Sequence[Tensor] | None = None  # uint8 [t 3 h w] each: for the first clip of an input, the others
     truth: Mapping[str, Any] | None = None  # facts of the video from its data set, such as the scene of `shapes`
 
     def need(self, name: str) -> Any:
@@ -146,6 +146,7 @@ class Metric:
     version: int = 1  # increase it when the code gives other numbers
     extractor_options: ClassVar[tuple[str, ...]] = ()  # options that the identity of dcbench's extractor covers
     in_workers: ClassVar[bool] = False  # `observe` may run in several threads at once
+    of_items: ClassVar[bool] = False  # one observation an item, of all its clips: the first, and its siblings
 
     def __init__(self, card: MetricCard, extractor: HasIdentity | None = None) -> None:
         """`extractor` None: the metric uses no network."""

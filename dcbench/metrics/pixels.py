@@ -87,7 +87,7 @@ class OfFirstFrame(OfImage):
 class OfReference(ClipMetric):
     """Each frame and the frame of the true clip at the same time.
 
-    The card's option `frames`: "all", or "middle", the one frame at len(clip) // 2. `after_first` in the details is the
+    The card's option `frames`: "all", or "middle", the one frame at len(clip) // 2. `without_first` in the details is the
     mean without the first frame, which shows the input image in I2V.
     """
 
@@ -107,7 +107,7 @@ class OfReference(ClipMetric):
             return {"value": float(self.measure(clip[middle], reference[middle])[0])}
         found = self.measure(clip, reference)
         later = found[1:] if len(found) > 1 else found
-        return {"value": float(found.mean()), "after_first": float(later.mean()), "per_frame": found.tolist()}
+        return {"value": float(found.mean()), "without_first": float(later.mean()), "per_frame": found.tolist()}
 
 
 MEASURES: dict[str, tuple[Measure, str]] = {

@@ -186,7 +186,7 @@ class Prepared:
     image: Tensor | None
     reference: Tensor | None
     generated: Tensor | None
-    siblings: Sequence[Tensor] | None  # the other clips of its item, if a metric needs them
+    siblings: Sequence[Tensor] | None  # of the first clip of an item: the other clips, if a metric needs them
     truth: Mapping[str, Any] | None
     seen: Seen
     protocol: Protocol
@@ -208,7 +208,7 @@ def observe(run: Run, metrics: Sequence[Metric], cache: FeatureCache | None, cas
         of_item[case.item_id].append(case)
 
     def prepare(case: Case) -> Prepared:
-        siblings = [other for other in of_item[case.item_id] if other.id != case.id]
+        siblings = [other for other in of_item[case.item_id] if case.is_first and other.id != case.id]
         done = _read(run, case, Seen(), run.has_generated(case), siblings)
         if run.protocol.reference_videos == "disjoint" and case.apart:
             done.apart = _read(run, case.apart, done.seen, generated=False)
@@ -271,7 +271,7 @@ def _observe_case(metric: Metric, of: Prepared, cache: FeatureCache | None) -> N
     if other and metric.observes_reference and other.case.is_first:
         sides.append((other, other.reference, of.seen.reference))
     for side, clip, table in sides:
-        if clip is None:
+        if clip is None or (metric.of_items and not side.case.is_first):
             continue
         if is_set and of.protocol.scored_frames == "without_condition":
             clip = torch.cat([clip[: side.case.condition_frame], clip[side.case.condition_frame + 1 :]])

@@ -86,10 +86,10 @@ def test_all_frames_the_middle_one_and_the_curve() -> None:
     row = metric("psnr").observe(View(clip, reference=reference))
     assert row["per_frame"][0] == HIGHEST
     assert row["value"] == pytest.approx(np.mean(row["per_frame"]))
-    assert row["after_first"] == pytest.approx(np.mean(row["per_frame"][1:]))
+    assert row["without_first"] == pytest.approx(np.mean(row["per_frame"][1:]))
     assert metric("psnr_middle").observe(View(clip, reference=reference)) == {"value": row["per_frame"][2]}
     one = metric("ssim").observe(View(clip[:1], reference=reference[:1]))
-    assert one["after_first"] == one["value"] == 1
+    assert one["without_first"] == one["value"] == 1
 
 
 def test_the_first_frame_alone() -> None:
