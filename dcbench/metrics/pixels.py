@@ -87,8 +87,8 @@ class OfFirstFrame(OfImage):
 class OfReference(ClipMetric):
     """Each frame and the frame of the true clip at the same time.
 
-    The card's option `frames`: "all", or "middle", the one frame at len(clip) // 2. `without_first` in the details is the
-    mean without the first frame, which shows the input image in I2V.
+    The card's option `frames`: "all", or "middle", the one frame at len(clip) // 2. `without_first` in the details is
+    the mean without the first frame, which shows the input image in I2V.
     """
 
     def __init__(self, card: MetricCard, measure: Measure, extractor: HasIdentity) -> None:
