@@ -20,20 +20,25 @@ Statistic = Callable[[Tensor, Tensor], float]
 
 def check_features(real: Tensor, generated: Tensor) -> tuple[Tensor, Tensor]:
     """Both sets as float64 [n, d] and [m, d]. UserError for NaN, infinity, different d or fewer than two rows."""
-    for name, features in (("reference", real), ("generated", generated)):
-        if features.ndim != 2:
-            raise UserError(f"{name} features: got shape {list(features.shape)}, expected [clips, features]")
-        if len(features) < 2:
-            raise UserError(f"{len(features)} {name} clip(s): a distance between two sets needs at least 2 a side")
-        bad = (~torch.isfinite(features).all(1)).nonzero().flatten().tolist()
-        if bad:
-            raise UserError(f"{name} features hold NaN or infinity in {len(bad)} row(s), the first is row {bad[0]}")
+    sides = check_set(real, "reference"), check_set(generated, "generated")
     if real.shape[1] != generated.shape[1]:
         raise UserError(
             f"reference features have {real.shape[1]} dimensions, generated ones {generated.shape[1]}: "
             "they come from different extractors"
         )
-    return real.double(), generated.double()
+    return sides
+
+
+def check_set(features: Tensor, name: str = "generated") -> Tensor:
+    """One set as float64 [n, d]. UserError for NaN, infinity or fewer than two rows; it calls the set `name`."""
+    if features.ndim != 2:
+        raise UserError(f"{name} features: got shape {list(features.shape)}, expected [clips, features]")
+    if len(features) < 2:
+        raise UserError(f"{len(features)} {name} clip(s): a metric of sets needs at least 2 a side")
+    bad = (~torch.isfinite(features).all(1)).nonzero().flatten().tolist()
+    if bad:
+        raise UserError(f"{name} features hold NaN or infinity in {len(bad)} row(s), the first is row {bad[0]}")
+    return features.double()
 
 
 def in_order(features: Tensor) -> np.ndarray:

@@ -326,13 +326,13 @@ def score_all(seen: Seen, metrics: Metrics, cases: Sequence[Case], fingerprint: 
 
 def _score(metric: Metric, seen: Seen, cases: Sequence[Case]) -> Score:
     observed, lacking = seen.of(metric, cases), seen.lacking.get(metric.observation_key, {})
-    if isinstance(metric, SetMetric) and not (observed.reference and observed.generated):
+    if metric.compares_sets and not (observed.reference and observed.generated):
         sizes = f"{len(observed.reference)} reference and {len(observed.generated)} generated clips: nothing to compare"
         raise UserError(next(iter(lacking.values()), sizes))
     if not observed.generated:
         raise UserError(next(iter(lacking.values()), "no generated clip could be scored"))
     score = metric.score(observed)
-    if observed.reference and not isinstance(metric, SetMetric):
+    if observed.reference and not metric.compares_sets:
         reference = Observations(observed.reference, groups=observed.reference_groups)
         score.details["reference_value"] = metric.score(reference).value
     if lacking:
