@@ -214,6 +214,10 @@ class SetMetric(Metric):
             raise UserError(f"the features of {self.extractor.identity['name']} have NaN or infinity")
         return features
 
+    def observation_shape(self, clip: Tensor) -> tuple[int, ...]:
+        """The shape of the observation of a clip: a cached one of another shape is not used."""
+        return (self.extractor.num_features,)
+
     def statistic(self, real: Tensor, generated: Tensor) -> float:
         """Features [n d] and [m d] -> the value alone, without its interval."""
         raise NotImplementedError

@@ -86,9 +86,8 @@ def score_inception(logits: Tensor, groups: Design | Sequence[str] | None = None
         "classes": logits.shape[1],
     }
     if len(logits) < RECOMMENDED_CLIPS:
-        score.warnings = [
-            f"{len(logits)} clips in {splits} splits: with few clips the score is too low; papers use {RECOMMENDED_CLIPS}"
-        ]
+        few = f"{len(logits)} clips in {splits} splits"
+        score.warnings = [f"{few}: with few clips the score is too low; papers use {RECOMMENDED_CLIPS}"]
     return score
 
 

@@ -287,7 +287,7 @@ def _observation(metric: Metric, view: View, of: Prepared, cache: FeatureCache |
         needed["image"] = pixels_sha256(needed["image"])
     if isinstance(metric, SetMetric):
         key = f"{metric.observation_key}-{digest([pixels, needed], 64) if needed else pixels}"
-        found = cache.get(key, {"features": (metric.extractor.num_features,)})
+        found = cache.get(key, {"features": metric.observation_shape(view.clip)})
         if found is None:
             found = {"features": metric.observe(view)}
             cache.put(key, found)
