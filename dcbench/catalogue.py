@@ -52,13 +52,17 @@ class WeightSource(Facts):
 
 
 class Published(Facts):
-    """A published number. Compare it only within one protocol tag."""
+    """A published number. Compare it only within one protocol tag.
+
+    `status`: "verified" was read in the table or the words of those who measured it. "secondary" is another's run or
+    another paper's quotation. "quoted" was read in a transcription or a README, not in the paper's own table.
+    """
 
     dataset: str
     metric: str
     value: float
     protocol: str
-    status: Literal["verified", "secondary"] = "verified"
+    status: Literal["verified", "secondary", "quoted"] = "verified"
     source: str
 
 

@@ -217,8 +217,12 @@ def _report(runs: list[Path], to: Path, choices: "Choices | None" = None) -> Non
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run directories, or record.json files.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for tables and figures.")] = Path("reports/latest"),
+    runs: Annotated[
+        list[Path] | None, typer.Argument(help="Run directories, or record.json files; with --discrepancies, models.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for tables and figures; default: reports/latest.")
+    ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Test two runs of one manifest, clip by clip.")] = False,
     metrics: Annotated[
         str | None,
@@ -240,13 +244,30 @@ def report(
         str | None,
         typer.Option("--clips-by", help="A metric: show its worst and best clips. Default: evenly over the manifest."),
     ] = None,
+    discrepancies: Annotated[
+        bool,
+        typer.Option("--discrepancies", help="Published numbers of one model, data set and metric that differ."),
+    ] = False,
 ) -> None:
     """Merge runs into one table (Markdown, LaTeX, CSV, HTML) with the published numbers.
 
-    For folders of ablation suites, their table and curves are written again, in place.
+    For folders of ablation suites, their table and curves are written again, in place. With --discrepancies no run is
+    needed: the numbers are those of papers, from the cards of the given models, or of all.
     """
-    suites = [path for path in runs if (path / "suite.json").is_file()]
+    runs = runs or []
     of_tables = {"--published": published, "--notes": notes, "--clips": clips, "--clips-by": clips_by}
+    if discrepancies:
+        _refuse(of_tables | {"--metrics": metrics, "--compare": compare or None}, "--discrepancies")
+        from dcbench.reports.discrepancies import write_discrepancies
+
+        print(shown(write_discrepancies([str(name) for name in runs], out)))
+        if out:
+            print(f"report: {out}")
+        return
+    if not runs:
+        raise UserError("give run directories or record.json files: dcbench report runs/a runs/b")
+    out = out or Path("reports/latest")
+    suites = [path for path in runs if (path / "suite.json").is_file()]
     if suites:
         _refuse(of_tables | {"--metrics": metrics, "--compare": compare or None}, "folders of suites")
         if len(suites) < len(runs):

@@ -144,6 +144,7 @@ class Metric:
     """
 
     version: int = 1  # increase it when the code gives other numbers
+    compares_sets: ClassVar[bool] = False  # False: the real clips have a value of their own
     extractor_options: ClassVar[tuple[str, ...]] = ()  # options that the identity of dcbench's extractor covers
     in_workers: ClassVar[bool] = False  # `observe` may run in several threads at once
     of_items: ClassVar[bool] = False  # one observation an item, of all its clips: the first, and its siblings
@@ -192,12 +193,17 @@ class Metric:
 
 
 class SetMetric(Metric):
-    """A metric that compares two sets of clips, for example FVD. An observation is a row of features, float32 [d]."""
+    """A metric of two sets of clips, for example FVD. An observation is a row of features, float32 [d].
+
+    With `compares_sets` False, it is a metric of one set alone, for example the Inception Score: `score` uses only the
+    generated side, which may be all there is.
+    """
 
     extractor: FeatureExtractor
     extractor_options = ("preprocessing",)
     in_workers = True
-    biased: bool = False  # True: the value falls with the number of clips, and comparisons remove that bias
+    compares_sets = True
+    biased: bool = False  # True: the value depends on the number of clips, and comparisons remove that bias
 
     @property
     def observes_reference(self) -> bool:
@@ -214,6 +220,10 @@ class SetMetric(Metric):
         if not bool(torch.isfinite(features).all()):
             raise UserError(f"the features of {self.extractor.identity['name']} have NaN or infinity")
         return features
+
+    def observation_shape(self, clip: Tensor) -> tuple[int, ...]:
+        """The shape of the observation of a clip: a cached one of another shape is not used."""
+        return (self.extractor.num_features,)
 
     def statistic(self, real: Tensor, generated: Tensor) -> float:
         """Features [n d] and [m d] -> the value alone, without its interval."""
@@ -359,6 +369,21 @@ def score_statistic(
     `is_share`: the value is a share of clips, and the interval is Wilson's with the jackknife's error.
     """
     real, generated, design = fn.arrange(real, generated, groups)
+    return score_arranged(statistic, real, generated, design, lowest, highest, interval, biased, is_share)
+
+
+def score_arranged(
+    statistic: DesignedStatistic,
+    real: Tensor,
+    generated: Tensor,
+    design: Design,
+    lowest: float = -math.inf,
+    highest: float = math.inf,
+    interval: bool = True,
+    biased: bool = False,
+    is_share: bool = False,
+) -> Score:
+    """`score_statistic` of float64 rows that are checked and in order. `real` [0 d]: a statistic of one set alone."""
     value = statistic(real, generated, design)
     score = Score(
         value=value,

@@ -5,6 +5,7 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 import pandas as pd
 
@@ -14,10 +15,16 @@ from dcbench.reports.tables import COST_HEADINGS, Cell, Number, Table
 
 def to_csv(found: Sequence[Number]) -> str:
     """Every number in full, one in each line."""
+    columns = [column.name for column in fields(Number)]
+    return csv_text(columns, [list(asdict(number).values()) for number in found])
+
+
+def csv_text(columns: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
+    """CSV with a heading. No text is a formula in a spreadsheet."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([column.name for column in fields(Number)])
-    writer.writerows([csv_cell(value) for value in asdict(number).values()] for number in found)
+    writer.writerow(columns)
+    writer.writerows([csv_cell(value) for value in line] for line in lines)
     return text.getvalue()
 
 

@@ -172,7 +172,7 @@ def numbers(runs: Sequence[Result], models: Mapping[str, Card] | None = None) ->
                         higher_is_better=directions.get(entry.metric),
                         published=True,
                         fingerprint="published",
-                        source=entry.source + (" (quoted)" if entry.status == "secondary" else ""),
+                        source=entry.source + ("" if entry.status == "verified" else f" ({entry.status})"),
                         comparable=f"published/{entry.dataset}/{entry.metric}/{entry.protocol}",
                     )
                 )
@@ -370,6 +370,13 @@ def _title(metric: str) -> str:
     name, bracket, way = metric.partition("(")
     card = cards("metrics").get(name)
     return f"{card.title if card else name}{' ' if bracket else ''}{bracket}{way}"
+
+
+def heading(metric: str) -> str:
+    """The title of a metric with the arrow of its card. A metric that dcbench does not have has its name."""
+    card = cards("metrics").get(metric)
+    better = card.higher_is_better if isinstance(card, MetricCard) else None
+    return _title(metric) + ("" if better is None else " ↑" if better else " ↓")
 
 
 def _heading(metric: str, found: Sequence[Number]) -> str:

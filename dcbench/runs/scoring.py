@@ -316,7 +316,7 @@ def _observation(metric: Metric, view: View, of: Prepared, cache: FeatureCache |
         needed["siblings"] = [pixels_sha256(clip) for clip in needed["siblings"]]
     if isinstance(metric, SetMetric):
         key = f"{metric.observation_key}-{digest([pixels, needed], 64) if needed else pixels}"
-        found = cache.get(key, {"features": (metric.extractor.num_features,)})
+        found = cache.get(key, {"features": metric.observation_shape(view.clip)})
         if found is None:
             found = {"features": metric.observe(view)}
             cache.put(key, found)
@@ -355,13 +355,13 @@ def score_all(seen: Seen, metrics: Metrics, cases: Sequence[Case], fingerprint: 
 
 def _score(metric: Metric, seen: Seen, cases: Sequence[Case]) -> Score:
     observed, lacking = seen.of(metric, cases), seen.lacking.get(metric.observation_key, {})
-    if isinstance(metric, SetMetric) and not (observed.reference and observed.generated):
+    if metric.compares_sets and not (observed.reference and observed.generated):
         sizes = f"{len(observed.reference)} reference and {len(observed.generated)} generated clips: nothing to compare"
         raise UserError(next(iter(lacking.values()), sizes))
     if not observed.generated:
         raise UserError(next(iter(lacking.values()), "no generated clip could be scored"))
     score = metric.score(observed)
-    if observed.reference and not isinstance(metric, SetMetric):
+    if observed.reference and not metric.compares_sets:
         reference = Observations(observed.reference, groups=observed.reference_groups)
         score.details["reference_value"] = metric.score(reference).value
     if lacking:

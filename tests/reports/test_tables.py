@@ -90,7 +90,7 @@ def test_measured_and_published_rows_are_never_compared():
 
 def test_published_numbers_of_other_datasets_and_secondary_ones():
     assert "published" not in markdown([run("A", {"fvd": score(1)}, dataset="msrvtt")], {"a": published()})
-    assert "Source: arXiv 1 Table 1 (quoted)." in markdown(
+    assert "Source: arXiv 1 Table 1 (secondary)." in markdown(
         [run("A", {"fvd": score(1)})], {"a": published(status="secondary")}
     )
 

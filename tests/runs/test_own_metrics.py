@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dcbench import load_metric, video
+from dcbench import catalogue, load_metric, video
 from dcbench.analysis.compare import compare_runs, to_markdown
 from dcbench.catalogue import find_dataset, find_metric, find_model
 from dcbench.errors import UserError
-from dcbench.metrics import distances
+from dcbench.metrics import distances, inception_score
 from dcbench.metrics import functional as fn
 from dcbench.metrics.base import FeatureExtractor, SetDistance
 from dcbench.metrics.cache import FeatureCache
@@ -79,7 +79,8 @@ class Small(FeatureExtractor):
 @pytest.fixture
 def small_i3d(monkeypatch: pytest.MonkeyPatch) -> None:
     small = Small()
-    monkeypatch.setattr(distances, "i3d_extractor", lambda mode, device: small)
+    for module in (distances, inception_score):
+        monkeypatch.setattr(module, "i3d_extractor", lambda mode, device: small)
 
 
 def test_a_changed_option_or_a_changed_line_of_code_is_never_answered_from_the_cache(tmp_path):
@@ -314,3 +315,26 @@ def test_a_set_metric_of_ones_own_needs_a_statistic_alone(tmp_path):
     compared = compare_runs(tmp_path / "zoom", tmp_path / "noise", QUIET).found["gap"]
     values = [score.value for score in scores if score.value is not None]
     assert compared.difference == pytest.approx(values[0] - values[1]) and compared.n_groups == 8
+
+
+def test_a_metric_of_one_set_needs_no_reference_clips(tmp_path, small_i3d):
+    """The Inception Score of generated clips alone; with real clips, theirs is beside it. One pass serves FVD too."""
+    original = Path(catalogue.__file__).parent / "metrics" / "cards" / "is_i3d.toml"
+    card = tmp_path / "is.toml"
+    card.write_text(original.read_text().replace("splits = 10", "splits = 2"))
+    run, name = make_run(tmp_path / "run", limit=12), "is_i3d(splits=2)"
+    both = scoring.score(run, QUIET, ["fvd", str(card)]).scores
+    assert both[name].value and both[name].ci95 and (both[name].n_reference, both[name].n_generated) == (0, 12)
+    assert both["fvd"].n_reference == 12 and both["fvd"].value
+    metric = inception_score.build_is_i3d(find_metric(str(card)), QUIET.runtime())
+    fvd = load_metric("fvd", device="cpu")
+    seen = scoring.observe_all(run, [metric, fvd], QUIET, None)
+    observed = seen.of(metric, run.cases)
+    values = [both[name].value, both[name].details["reference_value"]]
+    for side, value in zip((observed.generated, observed.reference), values, strict=True):
+        assert value == inception_score.score_inception(torch.stack(side), observed.groups, 2).value
+    seen.reference.clear()
+    alone = scoring.score_all(seen, scoring.Metrics({name: metric}), run.cases, "")[name]
+    assert alone.value == both[name].value and "reference_value" not in alone.details
+    reason = scoring.score_all(seen, scoring.Metrics({"fvd": fvd}), run.cases, "")["fvd"].reason
+    assert reason == "0 reference and 12 generated clips: nothing to compare"
