@@ -28,6 +28,7 @@ ORDER = (
     "kvd",
     "kvd_all_pairs",
     "pic",
+    "st_lpips_image",
     "clip_text",
     "clip_image",
     "clip_frames",
