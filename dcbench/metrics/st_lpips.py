@@ -1,8 +1,8 @@
-"""ST-LPIPS, a learned distance of two frames that a small shift barely changes (Ghildyal & Liu, ECCV 2022, 2207.13686).
+"""ST-LPIPS, a learned distance of two frames that a small shift barely changes (Ghildyal & Liu, arXiv 2207.13686).
 
-LPIPS (Zhang et al., CVPR 2018) with blurred downsampling: five layers of a network, each scaled to length one per pixel,
-squared differences weighted per channel, mean over pixels, sum over layers. 0 = equal frames; other videos are at about
-0.45. It is neither LPIPS nor DreamSim: its numbers compare with ST-LPIPS of the same `net` only.
+LPIPS (Zhang et al., CVPR 2018) with blurred downsampling: five layers of a network, each scaled to length one at each
+pixel, squared differences weighted for each channel, mean over pixels, sum over layers. 0 = equal frames; frames of two
+videos are at about 0.46. It is neither LPIPS nor DreamSim: compare its numbers only with those of the same `net`.
 
 st_lpips_image: mean over frames of 1 - d(input image, frame). st_lpips: mean over frames of d(frame, true frame).
 """
@@ -24,7 +24,7 @@ from dcbench.metrics.base import ClipMetric, View
 from dcbench.weights import PackagedFile, check_finite, load_tensors, tensors_sha256
 
 Net = Literal["alex", "vgg"]
-LAYERS = 5
+CHANNELS = {"alex": (64, 192, 384, 256, 256), "vgg": (64, 128, 256, 512, 512)}  # of the five layers
 MIN_SIDE = {"alex": 21, "vgg": 18}  # pixels: a mirrored border is smaller than the map that it is put around
 FILES = {
     net: PackagedFile(
@@ -44,6 +44,8 @@ FILES = {
 
 class BlurPool(nn.Module):
     """Half the size, after a 3x3 binomial blur [1 2 1] of each channel. The border is mirrored by 2 pixels."""
+
+    filt: Tensor
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -77,7 +79,7 @@ def _vgg() -> list[list[nn.Module]]:
     return stages
 
 
-class StLpips(nn.Module):
+class StLpips:
     """ST-LPIPS of frames. Equal frames have exactly the distance 0, and d(a, b) is exactly d(b, a).
 
     One frame at a time goes through the network, so a distance does not depend on the frames beside it.
@@ -85,39 +87,28 @@ class StLpips(nn.Module):
 
     def __init__(self, net: Net = "alex", path: Path | None = None, device: str = "cpu") -> None:
         """`path`: a file of the package's form; None: `FILES[net].find()`. UserError for another net or file."""
-        super().__init__()
-        if net not in get_args(Net):
-            raise UserError(f'ST-LPIPS net "{net}" is unknown.{near_match(net, get_args(Net))} Known: alex, vgg.')
-        self.net = net
-        self.slices = nn.ModuleDict(_slices(_alex() if net == "alex" else _vgg()))
+        self.net, self.device = known(net), device
         path = path or FILES[net].find()
-        self._load(load_tensors(path), path)
-        self.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-
-    def _load(self, state: dict[str, Tensor], path: Path) -> None:
-        """The tensors of a file, all of which must be there and fit. Names are those of the package's files."""
+        state = load_tensors(path)
         check_finite(state, path)
-        heads = [state.get(f"lin{k}.model.1.weight", torch.empty(0)) for k in range(LAYERS)]
-        slices = {name.removeprefix("net."): value for name, value in state.items() if name.startswith("net.")}
+        self.layers = _named(_alex() if net == "alex" else _vgg())
         try:
-            self.slices.load_state_dict(slices)
-            # a weight w of squared differences is a factor sqrt(w) of both features
-            for index, head in enumerate(heads):
-                self.register_buffer(f"root{index}", head.reshape(1, self._channels(index), 1, 1).sqrt())
-            self.register_buffer("shift", state["scaling_layer.shift"].reshape(1, 3, 1, 1))
-            self.register_buffer("scale", state["scaling_layer.scale"].reshape(1, 3, 1, 1))
+            self.layers.load_state_dict({name[4:]: value for name, value in state.items() if name.startswith("net.")})
+            heads = [
+                state[f"lin{k}.model.1.weight"].reshape(1, channels, 1, 1) for k, channels in enumerate(CHANNELS[net])
+            ]
+            shift, scale = (state[f"scaling_layer.{name}"].reshape(1, 3, 1, 1) for name in ("shift", "scale"))
         except (RuntimeError, KeyError) as error:
+            said = str(error).splitlines()[-1].strip()[:200]
             raise UserError(
-                f"{path} does not hold the {self.net} network of ST-LPIPS: {str(error).splitlines()[-1].strip()[:200]}. "
-                f"{FILES[self.net].how_to_get}"
+                f"{path} does not hold the {net} network of ST-LPIPS: {said}. {FILES[net].how_to_get}"
             ) from error
         if any(bool((head < 0).any()) for head in heads):
             raise UserError(f"{path} holds negative weights of differences, so its values would be no distances")
+        self.layers.eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)
+        self.shift, self.scale = shift.to(device), scale.to(device)
+        self.roots = [head.sqrt().to(device) for head in heads]  # w (a - b)² = (√w a - √w b)²
         self.weights_sha256 = tensors_sha256(state)
-
-    def _channels(self, index: int) -> int:
-        convolutions = [module for module in self.slices[f"slice{index + 1}"].modules() if isinstance(module, nn.Conv2d)]
-        return convolutions[-1].out_channels
 
     @property
     def identity(self) -> dict[str, str]:
@@ -135,23 +126,24 @@ class StLpips(nn.Module):
         d grows with the size: 0.16 million at 64x64, 2.5 million (10 MB) at 256x256. UserError for a too small frame.
         """
         check_clip(frame[None], "ST-LPIPS: frame")
-        if min(frame.shape[1:]) < MIN_SIDE[self.net]:
+        height, width = frame.shape[1:]
+        if min(height, width) < MIN_SIDE[self.net]:
             raise UserError(
-                f"ST-LPIPS: a frame of {frame.shape[1]}x{frame.shape[2]} is too small; its network ({self.net}) needs "
+                f"ST-LPIPS: a frame of {height}x{width} is too small; its network ({self.net}) needs "
                 f"{MIN_SIDE[self.net]} pixels"
             )
-        x = to_float(frame[None].to(self.shift.device)).contiguous(memory_format=torch.channels_last)
+        x = to_float(frame[None].to(self.device)).contiguous(memory_format=torch.channels_last)
         x = (x - self.shift) / self.scale
         parts = []
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            for index, layer in enumerate(self.slices.values()):
+            for layer, root in zip(self.layers.values(), self.roots, strict=True):
                 x = layer(x)
                 unit = x / (x.norm(dim=1, keepdim=True) + 1e-10)
-                parts.append((unit * (getattr(self, f"root{index}") / (x.shape[2] * x.shape[3]) ** 0.5)).flatten())
+                parts.append((unit * (root / x[0, 0].numel() ** 0.5)).flatten())
         return torch.cat(parts)
 
     def distances(self, frames: Tensor | Sequence[Tensor], others: Tensor | Sequence[Tensor]) -> Tensor:
-        """uint8 [n 3 h w] and [n 3 h w] -> float64 [n]. `others` may be [1 3 h w]: one frame, which is embedded once."""
+        """uint8 [n 3 h w] and [n 3 h w] -> float64 [n]. `others` may be one frame, which is embedded once."""
         if len(others) not in (1, len(frames)):
             raise ValueError(f"{len(frames)} frames and {len(others)} others: expected as many, or one other")
         only = self.features(others[0]) if len(others) == 1 else None
@@ -167,14 +159,20 @@ def squared(a: Tensor, b: Tensor) -> float:
     return float((a - b).square().sum(dtype=torch.float64))
 
 
-def _slices(stages: list[list[nn.Module]]) -> dict[str, nn.Module]:
-    """Modules are named as in the package's files: the index counts through all layers."""
-    slices: dict[str, nn.Module] = {}
-    first = 0
+def known(net: str) -> Net:
+    """Return `net` if it is one of the networks. Otherwise raise UserError."""
+    if net not in get_args(Net):
+        raise UserError(f'ST-LPIPS net "{net}" is unknown.{near_match(net, get_args(Net))} Known: alex, vgg.')
+    return net  # type: ignore[return-value]
+
+
+def _named(stages: list[list[nn.Module]]) -> nn.ModuleDict:
+    """The layers with the names of the package's files: slice1.0, slice1.1, ... The index counts through all layers."""
+    layers, first = {}, 0
     for number, stage in enumerate(stages, start=1):
-        slices[f"slice{number}"] = nn.Sequential(OrderedDict((str(first + k), m) for k, m in enumerate(stage)))
+        layers[f"slice{number}"] = nn.Sequential(OrderedDict((str(first + k), m) for k, m in enumerate(stage)))
         first += len(stage)
-    return slices
+    return nn.ModuleDict(layers)
 
 
 class StLpipsMetric(ClipMetric):
@@ -211,9 +209,7 @@ def _shared(net: Net, path: Path, device: str) -> StLpips:
 
 def st_lpips(net: Net = "alex", device: str = "cpu") -> StLpips:
     """The network, shared by all metrics of this process. MissingWeights says how to get its file."""
-    if net not in FILES:
-        raise UserError(f'ST-LPIPS net "{net}" is unknown.{near_match(net, FILES)} Known: {", ".join(FILES)}.')
-    return _shared(net, FILES[net].find(), device)
+    return _shared(net, FILES[known(net)].find(), device)
 
 
 def build(card: MetricCard, runtime: Any) -> StLpipsMetric:
