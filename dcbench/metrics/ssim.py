@@ -1,4 +1,4 @@
-"""SSIM of the input image and each frame. It needs no weights. Where those of PIC are missing, `st_lpips_image` is nearer.
+"""SSIM of the input image and each frame. It needs no weights. `st_lpips_image` is nearer to PIC.
 
 Mean over frames, like PIC, of SSIM (Wang et al., IEEE TIP 2004, eq. 13; Gaussian window of 11 pixels, sigma 1.5,
 mirrored border as in torchmetrics). SSIM compares pixels at the same position, so motion lowers it more than PIC: read
