@@ -245,9 +245,7 @@ def test_sizes_intervals_and_lost_clips_are_told():
             },
             failures=[Failure(id="v1", reason="a.avi: broken")],
             excluded=[
-                Excluded(id="v2", reason="", rule="short"),
-                Excluded(id="v3", reason="", rule="unreadable"),
-                Excluded(id="v4", reason="", rule="cut"),
+                Excluded(id=f"v{k}", reason="", rule=rule) for k, rule in enumerate(("short", "unreadable", "cut"), 2)
             ],
         )
     ]
