@@ -189,7 +189,8 @@ def plan_clips(
     `probe` gets the items in the protocol's order and yields a result for each. It must be lazy: only the needed
     results are taken. A video that is too short is replaced by the next one. With cuts = "drop", so is one whose clip
     has a cut inside; `find_cut` is needed then. A video that cannot be read (its result is a UserError) is not
-    replaced, so the sample is smaller. UserError if two ids are equal, no video is usable, or too few are left to compare with.
+    replaced, so the sample is smaller. UserError if two ids are equal, no video is usable, or too few are left to
+    compare with.
     """
     ids = Counter(item.id for item in items)
     if twice := sorted(item_id for item_id, count in ids.items() if count > 1):
