@@ -139,7 +139,8 @@ class StLpips:
             for layer, root in zip(self.layers.values(), self.roots, strict=True):
                 x = layer(x)
                 unit = x / (x.norm(dim=1, keepdim=True) + 1e-10)
-                parts.append((unit * (root / x[0, 0].numel() ** 0.5)).flatten())
+                part = unit.mul_(root / x[0, 0].numel() ** 0.5)
+                parts.append(part.permute(0, 2, 3, 1).flatten())  # the order in memory: nothing is moved
         return torch.cat(parts)
 
     def distances(self, frames: Tensor | Sequence[Tensor], others: Tensor | Sequence[Tensor]) -> Tensor:
@@ -156,7 +157,7 @@ class StLpips:
 
 def squared(a: Tensor, b: Tensor) -> float:
     """The squared distance of two vectors of `StLpips.features`. Its sum is in float64."""
-    return float((a - b).square().sum(dtype=torch.float64))
+    return float((a - b).square_().sum(dtype=torch.float64))
 
 
 def known(net: str) -> Net:
