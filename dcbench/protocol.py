@@ -47,6 +47,7 @@ class Protocol(Facts):
     fps: float | None = _later(None, gt=0, le=1000)  # videos are read at this rate, by time; None: each at its own
     start: Literal["random", "first", "middle"] = "random"
     short_videos: Literal["drop", "shrink_stride"] = "drop"
+    cuts: Literal["keep", "drop"] = _later("keep")  # drop: a video whose clip has a cut inside is replaced
     condition: Literal["first", "random"] = "first"  # which frame of the clip is the input image
     decoder: Literal["auto", "decord", "pyav"] = "auto"  # auto: decord, or PyAV if decord fails; the record names it
     # which pixels
@@ -67,11 +68,13 @@ class Protocol(Facts):
     datasets: dict[str, dict[str, Any]] = {}
 
     @model_validator(mode="after")
-    def _some_frame_is_scored(self) -> "Protocol":
+    def _frames_are_enough(self) -> "Protocol":
         if self.scored_frames == "without_condition" and self.num_frames == 1:
             raise ValueError('scored_frames = "without_condition" needs num_frames >= 2, got 1')
         if self.reference == "none" and self.fps is None:
             raise ValueError('reference = "none" needs fps: a picture has no frame rate of its own')
+        if self.cuts == "drop" and self.num_frames == 1:
+            raise ValueError('cuts = "drop" needs num_frames >= 2, got 1')
         return self
 
     @property
@@ -114,6 +117,7 @@ class ProbedVideo(Interface):
 
 ItemT = Any  # an item of a dataset; id, path, captions, label, group and film are used
 Probe = Callable[[Sequence[ItemT]], Iterable[ProbedVideo | UserError]]
+FindCut = Callable[[ItemT, Case], int | UserError | None]  # the frame of a clip that begins another shot, if any
 
 
 def protocols() -> dict[str, Protocol]:
@@ -190,13 +194,15 @@ def plan_clips(
     probe: Probe,
     run_seed: int,
     limit: int | None = None,
+    find_cut: FindCut | None = None,
 ) -> tuple[list[Case], list[Excluded]]:
     """The cases and the excluded videos, both sorted by id.
 
     `probe` gets the items in the protocol's order and yields a result for each. It must be lazy: only the needed
-    results are taken. A video that is too short is replaced by the next one. A video that cannot be read (its result is
-    a UserError) is not replaced, so the sample is smaller. UserError if two ids are equal, no video is usable, or too
-    few are left to compare with.
+    results are taken. A video that is too short is replaced by the next one. With cuts = "drop", so is one whose clip
+    has a cut inside; `find_cut` is needed then. A video that cannot be read (its result is a UserError) is not
+    replaced, so the sample is smaller. UserError if two ids are equal, no video is usable, or too few are left to
+    compare with.
     """
     ids = Counter(item.id for item in items)
     if twice := sorted(item_id for item_id, count in ids.items() if count > 1):
@@ -208,14 +214,14 @@ def plan_clips(
     others = len(items) - (wanted if len(inputs) == len(items) else len(inputs))
     if disjoint and wanted > others:  # found before any video is read
         raise _too_few(protocol, wanted, max(0, others))
-    chosen, excluded = _choose(protocol, ordered(inputs, protocol), probe, run_seed, wanted)
+    chosen, excluded = _choose(protocol, ordered(inputs, protocol), probe, run_seed, wanted, find_cut)
     if not chosen:
         raise UserError(
             f"protocol {protocol.name}: no usable clip among {len(inputs)} videos of split {protocol.split!r}"
             + (f"; for example {excluded[0].id}: {excluded[0].reason}" if excluded else "")
         )
     if disjoint:
-        chosen, more = add_apart(protocol, chosen, items, probe, run_seed, excluded)
+        chosen, more = add_apart(protocol, chosen, items, probe, run_seed, excluded, find_cut)
         excluded += more
     cases = [sample for case in chosen for sample in samples_of(case, protocol.samples_per_item, run_seed)]
     return sorted(cases, key=Case.order), sorted(excluded, key=lambda entry: entry.id)
@@ -243,6 +249,7 @@ def add_apart(
     probe: Probe,
     run_seed: int,
     excluded: Sequence[Excluded] = (),
+    find_cut: FindCut | None = None,
 ) -> tuple[list[Case], list[Excluded]]:
     """The cases, each with the clip of a video that is not animated; and those of such videos that are excluded.
 
@@ -256,12 +263,12 @@ def add_apart(
     order = [
         item
         for item in ordered(films or items, protocol)
-        if (item.group or item.id) not in animated and item.id not in known  # known to be too short, or unreadable
+        if (item.group or item.id) not in animated and item.id not in known  # known to be unusable
     ]
     if len(order) < len(cases):
         raise _too_few(protocol, len(cases), len(order))
     whole = protocol.model_copy(update={"reference": "clip"})  # the other videos have all their frames
-    others, more = _choose(whole, order, probe, run_seed, len(cases))
+    others, more = _choose(whole, order, probe, run_seed, len(cases), find_cut)
     lost = sum(entry.rule == "unreadable" for entry in more)
     if len(others) + lost < len(cases):
         raise _too_few(protocol, len(cases), len(others))
@@ -283,25 +290,44 @@ def _choose(
     probe: Probe,
     run_seed: int,
     wanted: int,
+    find_cut: FindCut | None,
 ) -> tuple[list[Case], list[Excluded]]:
     """The cases of the first `wanted` videos in `order`, and the videos that are excluded. See `plan_clips`."""
+    if protocol.cuts == "drop" and find_cut is None:
+        raise ValueError('cuts = "drop" needs find_cut')
     chosen: list[Case] = []
     excluded: list[Excluded] = []
     lost = 0
     for item, info in zip(order, probe(order), strict=False):
-        if isinstance(info, UserError):
-            excluded.append(Excluded(id=item.id, reason=str(info), rule="unreadable"))
-            lost += 1
-        elif (case := make_case(protocol, item, info, run_seed)) is None:
-            needed = protocol.span if protocol.short_videos == "drop" else protocol.num_frames
-            read = (f" at {info.fps:g} fps", f" at {protocol.fps:g} fps") if protocol.fps else ("", "")
-            reason = f"{info.num_frames} frames{read[0]}; {needed}{read[1]} are needed"
-            excluded.append(Excluded(id=item.id, reason=reason, rule="short"))
+        made = info if isinstance(info, UserError) else _usable(protocol, item, info, run_seed, find_cut)
+        if isinstance(made, UserError):
+            made = Excluded(id=item.id, reason=str(made), rule="unreadable")
+        if isinstance(made, Case):
+            chosen.append(made)
         else:
-            chosen.append(case)
+            excluded.append(made)
+            lost += made.rule == "unreadable"
         if len(chosen) + lost >= wanted:
             break
     return chosen, excluded
+
+
+def _usable(
+    protocol: Protocol, item: ItemT, info: ProbedVideo, run_seed: int, find_cut: FindCut | None
+) -> Case | Excluded | UserError:
+    """The case of a video; or why it is replaced by the next one; or why its frames cannot be read."""
+    case = make_case(protocol, item, info, run_seed)
+    if case is None:
+        needed = protocol.span if protocol.short_videos == "drop" else protocol.num_frames
+        read = (f" at {info.fps:g} fps", f" at {protocol.fps:g} fps") if protocol.fps else ("", "")
+        reason = f"{info.num_frames} frames{read[0]}; {needed}{read[1]} are needed"
+        return Excluded(id=item.id, reason=reason, rule="short")
+    if protocol.cuts == "keep" or find_cut is None or len(case.frames) < 2:  # a picture has no cut
+        return case
+    frame = find_cut(item, case)
+    if isinstance(frame, int):
+        return Excluded(id=item.id, reason=f"a cut before frame {frame} of its clip", rule="cut")
+    return case if frame is None else frame
 
 
 def make_case(protocol: Protocol, item: ItemT, info: ProbedVideo, run_seed: int) -> Case | None:

@@ -86,7 +86,7 @@ class Excluded(Stored):
 
     id: str
     reason: str
-    rule: str  # "short": too short for the protocol, replaced; "unreadable": not replaced, so n is smaller
+    rule: str  # "short", "cut" (another shot in its clip): replaced; "unreadable": not replaced, so n is smaller
 
 
 class Plan(Stored):

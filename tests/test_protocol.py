@@ -31,7 +31,7 @@ def protocol(**changes) -> Protocol:
 
 
 def plan(p, videos, seed=0, limit=None):
-    return plan_clips(p, videos, lambda order: order, seed, limit)
+    return plan_clips(p, videos, lambda order: order, seed, limit, lambda item, case: None)
 
 
 VIDEOS = [Video(f"v{k:03d}", label=f"class{k // 40}") for k in range(200)]
@@ -86,19 +86,20 @@ def test_the_sampling_seed_is_no_part_of_the_fingerprint_but_every_cause_of_diff
         {"start": "first"}, {"short_videos": "shrink_stride"}, {"condition": "random"}, {"height": 16}, {"width": 16},
         {"resize": "squash"}, {"interpolation": "bicubic"}, {"antialias": False}, {"caption": "random"},
         {"decoder": "pyav"}, {"split": "train"}, {"version": 2}, {"reference_videos": "disjoint"},
-        {"scored_frames": "without_condition"},
+        {"scored_frames": "without_condition"}, {"cuts": "drop"},
     ]  # fmt: skip
     prints = [fingerprint(p := protocol(**change), "d", plan(p, VIDEOS)[0]) for change in changes]
     assert len({print_of, fingerprint(base, "other", manifest), *prints}) == len(changes) + 2
 
 
 def test_fingerprints_of_older_protocols_do_not_move():
-    """Recorded before `reference_videos` and `scored_frames` were added."""
+    """Recorded before `reference_videos`, `scored_frames` and `cuts` were added."""
     base = protocol()
     assert fingerprint(base, "d", plan(base, VIDEOS)[0]) == "fa186a34bbeb46f4"
-    assert not {"reference_videos", "scored_frames"} & set(base.model_dump())
-    older = [known for name, known in protocols().items() if name != "images-films"]
-    assert all(not {"reference_videos", "scored_frames"} & set(known.identity()) for known in older)
+    later = {"reference_videos", "scored_frames", "cuts", "samples_per_item", "reference"}
+    assert not later & set(base.model_dump())
+    older = [known for name, known in protocols().items() if not name.startswith("images")]
+    assert all(not later & set(known.identity()) for known in older)
 
 
 # --- the clips apart ---
@@ -255,6 +256,34 @@ def test_short_videos_are_dropped_and_replaced_by_rule_or_the_stride_shrinks():
     chosen, excluded = plan(protocol(short_videos="shrink_stride"), videos)
     assert not excluded
     assert {item.frame_stride for item in chosen} == {1, 3}
+
+
+def test_a_video_with_a_cut_in_its_clip_is_replaced_where_the_protocol_says_so():
+    usual, _ = plan(protocol(), VIDEOS)
+    cut, broken = usual[3].id, usual[5].id
+    asked = []
+
+    def find_cut(item, case):
+        asked.append((item.id, case.id))
+        return 7 if item.id == cut else UserError("damaged") if item.id == broken else None
+
+    def probe(order):
+        return order
+
+    kept, _ = plan_clips(protocol(), VIDEOS, probe, 0, find_cut=find_cut)
+    assert kept == usual and not asked
+    chosen, excluded = plan_clips(protocol(cuts="drop"), VIDEOS, probe, 0, find_cut=find_cut)
+    assert [(lost.id, lost.reason, lost.rule) for lost in excluded] == sorted(
+        [(cut, "a cut before frame 7 of its clip", "cut"), (broken, "damaged", "unreadable")]
+    )
+    before, after = {case.id for case in usual}, {case.id for case in chosen}
+    assert before - after == {cut, broken} and len(after - before) == 1 and len(asked) == 21
+    _, apart = plan_clips(protocol(cuts="drop", reference_videos="disjoint"), VIDEOS, probe, 0, find_cut=find_cut)
+    assert [lost.id for lost in apart] == sorted([cut, broken])
+    with pytest.raises(ValueError, match="needs find_cut"):
+        plan_clips(protocol(cuts="drop"), VIDEOS, probe, 0)
+    with pytest.raises(ValueError, match="num_frames >= 2"):
+        protocol(cuts="drop", num_frames=1)
 
 
 @pytest.mark.parametrize("frames", range(16, 60))

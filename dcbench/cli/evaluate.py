@@ -192,8 +192,7 @@ def score(
 
 
 def _print_plan(run: "Run") -> None:
-    lost = [entry for entry in run.plan.excluded if entry.rule == "unreadable"]
-    short = len(run.plan.excluded) - len(lost)
+    short, cut, lost = ([e.id for e in run.plan.excluded if e.rule == rule] for rule in ("short", "cut", "unreadable"))
     first = run.cases[0]
     print(f"model        {run.name}: {plain(run.plan.model['title'])}")
     print(f"dataset      {run.plan.dataset['name']}, split {run.protocol.split}")
@@ -201,7 +200,9 @@ def _print_plan(run: "Run") -> None:
     print(f"clips        {len(run.cases)} of {run.protocol.num_frames} frames at stride {run.protocol.frame_stride}")
     if run.protocol.compared:
         print(f"compared     {run.protocol.compared}")
-    print(f"left out     {short} too short, {len(lost)} unreadable")
+    print(f"left out     {len(short)} too short, {len(lost)} unreadable")
+    if run.protocol.cuts == "drop":
+        print(plain(f"             {len(cut)} with a cut inside{': ' if cut else ''}{', '.join(cut)}"))
     where = plain(f"{first.id}: frames {first.frames[0]}-{first.frames[-1]} of {first.video}, '{first.prompt}'")
     print(f"first clip   {where}")
     print(f"would go to  {run.directory.path}")

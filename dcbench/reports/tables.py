@@ -30,6 +30,7 @@ ORDER = (
     "kvd",
     "kvd_all_pairs",
     "pic",
+    "st_lpips_image",
     "clip_text",
     "clip_image",
     "clip_frames",
@@ -478,6 +479,8 @@ def _explain_losses(runs: Sequence[Result], found: Sequence[Number], table: Tabl
         short = sum(entry.rule == "short" for entry in run.record.plan.excluded)
         if short:
             table.note(f"{run.dataset}: {short} videos are too short for the protocol and were replaced.")
+        if cut := [entry.id for entry in run.record.plan.excluded if entry.rule == "cut"]:
+            table.note(f"{run.dataset}: {len(cut)} videos have a cut inside and were replaced, for example {cut[0]}.")
         for metric, score in sorted(run.record.scores.items()):
             for warning in score.warnings if metric.partition("(")[0] in shown else ():
                 table.note(f"{_title(metric)}: {_first_line(warning)}")

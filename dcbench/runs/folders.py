@@ -74,6 +74,11 @@ def plan_folders(
             f'protocol {protocol.name}: reference_videos = "disjoint" chooses reference videos, but here --reference '
             'names them. Use a protocol with "paired", and put the videos that you want to compare with in that folder'
         )
+    if resolved.cuts == "drop":
+        raise UserError(
+            f'protocol {protocol.name}: cuts = "drop" replaces reference videos, but here --reference names them. Use '
+            'a protocol with "keep"; the metric `cut` counts the clips with a cut inside in both folders'
+        )
     name, title = as_text(generated.resolve().name), as_text(reference.resolve().name)
 
     def make() -> tuple[Run, list[Case], list[Case]]:

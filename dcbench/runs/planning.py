@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from dcbench import machine, record, video, weights
-from dcbench.catalogue import DatasetCard, ModelCard, find_dataset, known_card
+from dcbench.catalogue import DatasetCard, ModelCard, find_dataset, find_metric, known_card, load_entry_point
 from dcbench.datasets.base import Item, find_root, load_dataset
 from dcbench.errors import UserError, near_match
 from dcbench.facts import validate
 from dcbench.files import canonical, digest, not_a_whole_disk, read_jsonl, write_json, write_text
+from dcbench.metrics.base import View
+from dcbench.models.base import Runtime
 from dcbench.progress import track
-from dcbench.protocol import Protocol, add_apart, fingerprint, plan_clips
+from dcbench.protocol import FindCut, Protocol, add_apart, fingerprint, plan_clips
 from dcbench.ranks import join_ranks, on_first_rank, together
 from dcbench.record import Case, Plan, with_apart
 from dcbench.runs.directory import RunDirectory
-from dcbench.runs.run import Run
+from dcbench.runs.run import Run, to_size
 from dcbench.version import __version__
 
 Chosen = tuple[Plan, list[Case]]
@@ -63,7 +65,7 @@ def plan(
         else:
             wanted = min(resolved.num_clips, len(items), limit or len(items))
             probe = prober(wanted, "reading videos", quiet)
-            cases, excluded = plan_clips(resolved, list(items.values()), probe, seed, limit)
+            cases, excluded = plan_clips(resolved, list(items.values()), probe, seed, limit, cut_finder(resolved))
         made = Plan(
             dcbench=__version__,
             model=model.model_dump(mode="json"),
@@ -249,7 +251,7 @@ def prober(wanted: int, what: str, quiet: bool) -> Callable[[Sequence[Item]], It
         found = video.in_order(lambda item: item.video.info(), order, workers=min(8, os.cpu_count() or 1))
         for info in track(found, wanted, what, quiet=quiet):
             if isinstance(info, video.PassingError):  # the plan would be without this video for ever
-                raise UserError(f"{info}. This may pass, so nothing was planned: give the same command again")
+                raise _not_planned(info)
             yield info
 
     return infos
@@ -259,6 +261,30 @@ def _first_items(cases: list[Case], limit: int | None) -> list[Case]:
     """The cases of the first `limit` items; None: all."""
     kept = set(list(dict.fromkeys(case.item_id for case in cases))[:limit])
     return [case for case in cases if case.item_id in kept]
+
+
+def _not_planned(error: video.PassingError) -> UserError:
+    return UserError(f"{error}. This may pass, so nothing was planned: give the same command again")
+
+
+def cut_finder(protocol: Protocol) -> FindCut | None:
+    """For `plan_clips`: finds cuts as the metric `cut` does. None: the protocol keeps them. MissingWeights."""
+    if protocol.cuts == "keep":
+        return None
+    card = find_metric("cut")
+    metric = load_entry_point(card)(card, Runtime())
+
+    def find_cut(item: Item, case: Case) -> int | UserError | None:
+        try:
+            clip, _ = video.read(item.video, case.frames)
+        except video.PassingError as error:
+            raise _not_planned(error) from error
+        except UserError as error:
+            return error
+        seen = metric.observe(View(to_size(clip, protocol)))
+        return seen["frame"] if seen["value"] else None
+
+    return find_cut
 
 
 def _check_manifest(cases: list[Case], items: dict[str, Item], protocol: Protocol, path: Path) -> None:
@@ -301,7 +327,8 @@ def choose_apart(run: Run, cases: Sequence[Case], quiet: bool) -> list[Case]:
     """Cases of a "paired" run with the clips apart that "disjoint" chooses. UserError if there are too few videos."""
     probe = prober(len(cases), "reading videos", quiet)
     items = list(run.items.values())
-    return add_apart(run.protocol, cases, items, probe, run.plan.seed, run.plan.excluded)[0]
+    find_cut = cut_finder(run.protocol)
+    return add_apart(run.protocol, cases, items, probe, run.plan.seed, run.plan.excluded, find_cut)[0]
 
 
 def _begun(directory: RunDirectory, request: dict[str, Any]) -> Chosen | None:

