@@ -7,6 +7,7 @@ kept, so memory does not grow with the number of clips.
 import contextlib
 import datetime
 import fnmatch
+import itertools
 import sys
 import time
 from collections import Counter, defaultdict
@@ -197,12 +198,14 @@ def observe(run: Run, metrics: Sequence[Metric], cache: FeatureCache | None, cas
     """One pass over the cases. Yields the results of each case; merge them. `cache` None: nothing is cached.
 
     On a CPU, each core takes its own case. This is faster than all cores on one clip, and features do not depend on the
-    number of cores. A clip that cannot be read is a failure. What one metric cannot observe, the others can.
+    number of cores. On a GPU, clips are decoded ahead, and a network takes a batch of them. A clip that cannot be read
+    is a failure. What one metric cannot observe, the others can.
     """
     distinct = list({metric.observation_key: metric for metric in metrics}.values())
-    parallel = [metric for metric in distinct if metric.in_workers]
-    others = [metric for metric in distinct if not metric.in_workers]
-    cores = torch.get_num_threads()
+    batched = [metric for metric in distinct if isinstance(metric, SetMetric) and metric.batch > 1]
+    parallel = [metric for metric in distinct if metric.in_workers and metric not in batched]
+    others = [metric for metric in distinct if metric not in parallel and metric not in batched]
+    cores, size = torch.get_num_threads(), max((metric.batch for metric in batched), default=1)
     of_item: dict[str, list[Case]] = defaultdict(list)
     for case in run.cases if any("siblings" in metric.card.needs for metric in distinct) else ():
         of_item[case.item_id].append(case)
@@ -216,14 +219,19 @@ def observe(run: Run, metrics: Sequence[Metric], cache: FeatureCache | None, cas
             _observe_case(metric, done, cache)
         return done
 
-    for case, got in zip(cases, video.in_order(prepare, cases, cores, cores + PREFETCH), strict=True):
-        if isinstance(got, UserError):
-            lost = [f"clip {case.id}, {got}"] if isinstance(got, video.PassingError) else []
-            yield Seen(failures=[Failure(id=case.id, reason=str(got))], lost=lost)
-            continue
-        for metric in others:
-            _observe_case(metric, got, cache)
-        yield got.seen
+    found = zip(cases, video.in_order(prepare, cases, cores, max(cores + PREFETCH, 2 * size)), strict=True)
+    while some := list(itertools.islice(found, size)):
+        done = [got for _, got in some if isinstance(got, Prepared)]
+        for metric in batched:
+            _observe_batch(metric, done, cache)
+        for case, got in some:
+            if isinstance(got, UserError):
+                lost = [f"clip {case.id}, {got}"] if isinstance(got, video.PassingError) else []
+                yield Seen(failures=[Failure(id=case.id, reason=str(got))], lost=lost)
+                continue
+            for metric in others:
+                _observe_case(metric, got, cache)
+            yield got.seen
 
 
 def _read(run: Run, case: Case, seen: Seen, generated: bool, siblings: Sequence[Case] = ()) -> Prepared:
@@ -261,11 +269,42 @@ def _readable(run: Run, cases: Sequence[Case]) -> list[Tensor] | None:
 
 
 def _observe_case(metric: Metric, of: Prepared, cache: FeatureCache | None) -> None:
-    """Store a metric's observation of the generated clip and, if it observes references, of the reference clip.
+    """Store a metric's observations of a case."""
+    for side, view, table in _views(metric, of):
+        try:
+            table[metric.observation_key] = {of.case.id: _observation(metric, view, side, cache)}
+        except UserError as error:  # this metric cannot observe this clip; the others can
+            of.seen.lacking.setdefault(metric.observation_key, {})[of.case.id] = str(error)
 
-    The protocol says which reference clip and which frames metrics of sets see.
+
+def _observe_batch(metric: SetMetric, cases: Sequence[Prepared], cache: FeatureCache | None) -> None:
+    """Store a metric's observations of several cases. Those that are not in the cache are made together."""
+    wanted = [(of, *views) for of in cases for views in _views(metric, of)]
+    keys = [_key(metric, view, side) for _, side, view, _ in wanted]
+    features: dict[str, Tensor | UserError] = {}
+    for key, (_, _, view, _) in zip(keys, wanted, strict=True):
+        if cache and (known := cache.get(key, {"features": metric.observation_shape(view.clip)})):
+            features[key] = known["features"]
+    new = {key: view.clip for key, (_, _, view, _) in zip(keys, wanted, strict=True) if key not in features}
+    for key, made in zip(new, metric.observe_batch(list(new.values())) if new else (), strict=True):
+        features[key] = made
+        if cache and isinstance(made, Tensor):
+            cache.put(key, {"features": made})
+    for key, (of, _, _, table) in zip(keys, wanted, strict=True):
+        got = features[key]
+        if isinstance(got, UserError):
+            of.seen.lacking.setdefault(metric.observation_key, {})[of.case.id] = str(got)
+        else:
+            table.setdefault(metric.observation_key, {})[of.case.id] = got
+
+
+def _views(metric: Metric, of: Prepared) -> Iterator[tuple[Prepared, View, dict[str, dict[str, Any]]]]:
+    """What a metric observes: (whose clip, its view, the table of results); the generated clip, and the reference clip
+    if the metric observes it.
+
+    The protocol says which reference clip and which frames metrics of sets see. What a case lacks is written down.
     """
-    key, is_set = metric.observation_key, isinstance(metric, SetMetric)
+    is_set = isinstance(metric, SetMetric)
     sides = [(of, of.generated, of.seen.generated)]
     other = of.apart if is_set and of.protocol.reference_videos == "disjoint" else of
     if other and metric.observes_reference and other.case.is_first:
@@ -277,12 +316,9 @@ def _observe_case(metric: Metric, of: Prepared, cache: FeatureCache | None) -> N
             clip = torch.cat([clip[: side.case.condition_frame], clip[side.case.condition_frame + 1 :]])
         view = _view(metric, clip, side)
         if lack := metric.lacks(view):
-            of.seen.lacking.setdefault(key, {})[of.case.id] = lack
-            continue
-        try:
-            table[key] = {of.case.id: _observation(metric, view, side, cache)}
-        except UserError as error:  # this metric cannot observe this clip; the others can
-            of.seen.lacking.setdefault(key, {})[of.case.id] = str(error)
+            of.seen.lacking.setdefault(metric.observation_key, {})[of.case.id] = lack
+        else:
+            yield side, view, table
 
 
 def _view(metric: Metric, clip: Tensor, of: Prepared) -> View:
@@ -302,6 +338,22 @@ def _observation(metric: Metric, view: View, of: Prepared, cache: FeatureCache |
     """The metric's observation of a view. It is read from the cache if it is there, and stored there otherwise."""
     if cache is None:
         return metric.observe(view)
+    key = _key(metric, view, of)
+    if isinstance(metric, SetMetric):
+        found = cache.get(key, {"features": metric.observation_shape(view.clip)})
+        if found is None:
+            found = {"features": metric.observe(view)}
+            cache.put(key, found)
+        return found["features"]
+    value = cache.get_json(key)
+    if value is None:
+        value = metric.observe(view)
+        cache.put_json(key, value)
+    return value
+
+
+def _key(metric: Metric, view: View, of: Prepared) -> str:
+    """The key of a cached observation: the metric, and the pixels and texts that it sees."""
     hashes = of.seen.pixels[of.case.id]  # of [reference, generated]
     if view.clip is of.reference or view.clip is of.generated:
         pixels = hashes[0] if view.clip is of.reference else hashes[1]
@@ -315,18 +367,8 @@ def _observation(metric: Metric, view: View, of: Prepared, cache: FeatureCache |
     if "siblings" in needed:
         needed["siblings"] = [pixels_sha256(clip) for clip in needed["siblings"]]
     if isinstance(metric, SetMetric):
-        key = f"{metric.observation_key}-{digest([pixels, needed], 64) if needed else pixels}"
-        found = cache.get(key, {"features": metric.observation_shape(view.clip)})
-        if found is None:
-            found = {"features": metric.observe(view)}
-            cache.put(key, found)
-        return found["features"]
-    key = f"value-{digest([metric.observation_key, pixels, needed], 48)}"
-    value = cache.get_json(key)
-    if value is None:
-        value = metric.observe(view)
-        cache.put_json(key, value)
-    return value
+        return f"{metric.observation_key}-{digest([pixels, needed], 64) if needed else pixels}"
+    return f"value-{digest([metric.observation_key, pixels, needed], 48)}"
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------
@@ -361,6 +403,8 @@ def _score(metric: Metric, seen: Seen, cases: Sequence[Case]) -> Score:
     if not observed.generated:
         raise UserError(next(iter(lacking.values()), "no generated clip could be scored"))
     score = metric.score(observed)
+    if isinstance(metric, SetMetric) and metric.batch > 1:
+        score.details["batch"] = metric.batch  # it changes features by rounding
     if observed.reference and not metric.compares_sets:
         reference = Observations(observed.reference, groups=observed.reference_groups)
         score.details["reference_value"] = metric.score(reference).value
