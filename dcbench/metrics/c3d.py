@@ -84,7 +84,9 @@ class C3DExtractor(FeatureExtractor):
         check_clip(clips.flatten(0, 1), "clips")
         if clips.shape[1] != FRAMES:
             raise UserError(f"C3D reads clips of {FRAMES} frames, got {clips.shape[1]}; use another protocol")
-        return self.network(self.prepare(clips.to(cast(Tensor, self.mean).device))).float()
+        x = self.prepare(clips.to(cast(Tensor, self.mean).device))
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            return self.network(x).float()
 
 
 def read_arrays(path: Path) -> dict[str, Tensor]:
