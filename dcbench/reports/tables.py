@@ -34,6 +34,7 @@ ORDER = (
     "is_i3d",
     "pic",
     "st_lpips_image",
+    "ssim_image",
     "clip_text",
     "clip_image",
     "clip_frames",
@@ -45,8 +46,12 @@ ORDER = (
     "ssim_middle",
     "lpips",
     "lpips_middle",
+    "st_lpips",
     "first_frame_psnr",
     "first_frame_mse",
+    "diversity",
+    "flicker",
+    "cut",
 )
 PUBLISHED = ("none", "same-protocol", "all")
 LITTLE_MOTION = 0.1  # a model with a smaller share of the real clips' motion gets a footnote
