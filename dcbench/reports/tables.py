@@ -402,7 +402,8 @@ def _label(model: str, own: Sequence[Result], table: Table) -> Cell:
     if any(run.hardly_moves for run in own):
         notes.append(
             table.note(
-                "Moves less than a tenth as much as the real clips: a near-still clip gets good FVD and PIC easily."
+                "Moves less than a tenth as much as the real clips: a near-still clip gets good FVD, PIC and ST-LPIPS "
+                "easily."
             )
         )
     return Cell(model, notes=tuple(notes))
