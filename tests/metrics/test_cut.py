@@ -40,7 +40,7 @@ def metric(network: TransNet) -> ClipMetric:
 
 
 def test_equals_the_package_with_its_own_constructor(network: TransNet) -> None:
-    """At the network's own size nothing is resized. Measured: 0, the same to the last bit on the same machine."""
+    """At the network's own size nothing is resized."""
     found = network(torch.cat([shot(6, 1), shot(10, 2)]))
     assert found.tolist() == pytest.approx(RECORDED[:-1], abs=1e-5)  # the last one is of the frame after the clip
     assert sha256_file(FILE.find()) == FILE.sha256 == find_metric("cut").weights[0].sha256
