@@ -22,7 +22,9 @@ FILES = {"alex": "alexnet-owt-7be5be79.pth", "vgg": "vgg16-397923af.pth"}
 def features(net: str) -> nn.Sequential:
     with torch.random.fork_rng():
         torch.manual_seed(5)
-        return (models.alexnet if net == "alex" else models.vgg16)(weights=None).features.eval()
+        layers = models.alexnet(weights=None).features if net == "alex" else models.vgg16(weights=None).features
+    assert isinstance(layers, nn.Sequential)
+    return layers.eval()
 
 
 @pytest.fixture(scope="module")
