@@ -8,7 +8,7 @@ import hashlib
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 from typing import Protocol as Interface
@@ -97,15 +97,21 @@ class Protocol(Facts):
     @property
     def compared(self) -> str:
         """What is scored, in words. "" for the usual: one clip an input, every frame, with the animated videos."""
-        samples = f"{self.samples_per_item} clips of each input" if self.samples_per_item > 1 else ""
-        alone = "without reference clips" if self.reference == "none" and self.reference_videos == "paired" else ""
-        videos = "with videos that are not animated" if self.reference_videos == "disjoint" else ""
-        frames = "without the condition frame" if self.scored_frames == "without_condition" else ""
-        return ", ".join(filter(None, (samples, alone, videos, frames)))
+        return compared(self.model_dump())
 
     def identity(self) -> dict[str, Any]:
         """The fields that the fingerprint covers: all but title, summary and datasets."""
         return self.model_dump(mode="json", exclude={"title", "summary", "datasets"})
+
+
+def compared(fields: Mapping[str, Any]) -> str:
+    """`Protocol.compared` of the fields of a protocol, or of those that a record has."""
+    count, others = fields.get("samples_per_item", 1), fields.get("reference_videos") == "disjoint"
+    samples = f"{count} clips of each input" if isinstance(count, int) and count > 1 else ""
+    alone = "without reference clips" if fields.get("reference") == "none" and not others else ""
+    videos = "with videos that are not animated" if others else ""
+    frames = "without the condition frame" if fields.get("scored_frames") == "without_condition" else ""
+    return ", ".join(filter(None, (samples, alone, videos, frames)))
 
 
 class ProbedVideo(Interface):

@@ -361,7 +361,7 @@ def score_values(values: Sequence[dict[str, Any]], groups: Sequence[str] | None 
     interval = mean_interval(numbers, groups)
     n_groups = len(set(groups)) if groups is not None else len(numbers)
     effective = effective_number(group_sums(numbers, groups)[1])
-    method = "Student's t" if effective < FEW_GROUPS else "BCa bootstrap"
+    method = "Student's t" if effective < FEW_GROUPS else "the wider of BCa bootstrap and Student's t"
     details: dict[str, Any] = {}
     for key, first in sorted(values[0].items()):  # sorted, because rows from the cache are sorted too
         column = [value[key] for value in values]

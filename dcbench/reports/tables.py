@@ -17,10 +17,9 @@ from typing import Any
 
 from dcbench.catalogue import Card, MetricCard, ModelCard, cards, find_metric
 from dcbench.errors import UserError, near_match
-from dcbench.facts import validate
 from dcbench.files import digest
 from dcbench.metrics.statistics import Comparison, compare_scores, holm, jackknife
-from dcbench.protocol import Protocol
+from dcbench.protocol import compared
 from dcbench.record import Cost, Record, Score, read_cost, read_record
 from dcbench.runs.scoring import score_name
 
@@ -109,7 +108,7 @@ class Result:
     @property
     def compared(self) -> str:
         """What is scored, where it is not the usual: see `Protocol.compared`."""
-        return validate(self.record.plan.protocol, Protocol, f"{self.path}, protocol").compared
+        return compared(self.record.plan.protocol)
 
     @property
     def is_bound(self) -> bool:

@@ -31,7 +31,8 @@ time.sleep(600)
 """
 # What dcbench does, without torch: a supervisor with a socket as its standard input
 PARENT = """
-import os, socket, subprocess, sys, time
+import os, signal, socket, subprocess, sys, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run below nohup
 here, there = socket.socketpair()
 lock = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
 subprocess.Popen([sys.executable, "-I", *sys.argv[2:3], str(lock), *sys.argv[3:]], stdin=there, pass_fds=(lock,),
