@@ -296,10 +296,10 @@ def _check_manifest(cases: list[Case], items: dict[str, Item], protocol: Protoco
             f"{path}: {len(unknown)} of {len(listed)} clips are not in this dataset's split {protocol.split!r}, "
             f"for example {unknown[0]!r}; the split has ids such as {next(iter(items), 'nothing: it is empty')!r}"
         )
-    number = 1 if protocol.reference == "none" else protocol.num_frames
-    wrong = [case.id for case in cases if len(case.frames) != number]
-    if wrong:
-        raise UserError(f"{path}: clip {wrong[0]} does not have the protocol's {number} frames")
+    number = 1 if protocol.reference == "none" else protocol.num_frames  # of a picture; the videos apart have all
+    for some, count in ((cases, number), (listed[len(cases) :], protocol.num_frames)):
+        if wrong := [case.id for case in some if len(case.frames) != count]:
+            raise UserError(f"{path}: clip {wrong[0]} does not have the protocol's {count} frames")
     for item_id, count in Counter(case.item_id for case in cases).items():
         if count != protocol.samples_per_item:
             raise UserError(
