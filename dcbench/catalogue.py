@@ -131,6 +131,7 @@ class MetricCard(Card):
 
 ENTRY_POINT = re.compile(r"([A-Za-z_]\w*(\.[A-Za-z_]\w*)*|[^\0]+\.py):[A-Za-z_]\w*")
 WITH_OPTIONS = re.compile(r"(?P<name>[^()]+)\((?P<options>[^()]*)\)")
+CODE_OPTIONS = frozenset({"command", "python", "cwd", "environment"})  # they say what is run: never from a record
 NO_MODULES = frozenset(sys.stdlib_module_names)  # os:system and builtins:eval are no models
 
 CardT = TypeVar("CardT", bound=Card)

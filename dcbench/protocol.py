@@ -7,6 +7,7 @@ same data. `plan_clips` makes the manifest from a protocol and a dataset; direct
 import hashlib
 import math
 import random
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Protocol as Interface
 
 from pydantic import Field, model_validator
 
+from dcbench.catalogue import CODE_OPTIONS, find_metric
 from dcbench.errors import UserError
 from dcbench.facts import Facts, find_toml, read_facts, validate
 from dcbench.files import digest
@@ -22,6 +24,7 @@ from dcbench.record import Case, Excluded, check_clip_id
 from dcbench.seeding import clip_seed
 
 FOLDER = Path(__file__).parent / "protocols"
+METRIC_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(\([^()]*\))?")  # no path
 
 
 def _later(default: Any, **limits: Any) -> Any:
@@ -63,6 +66,9 @@ class Protocol(Facts):
     reference: Literal["clip", "none"] = _later("clip")
     reference_videos: Literal["paired", "disjoint"] = _later("paired")  # disjoint: videos that are not animated
     scored_frames: Literal["all", "without_condition"] = _later("all")  # of both sides
+    # its table where the command line names none: names, or name(option=value); (): the usual metrics. No clip and no
+    # score depends on it, so the fingerprint does not cover it
+    metrics: tuple[str, ...] = _later(())
     dataset_options: dict[str, Any] = {}
     # values for single datasets: any field above
     datasets: dict[str, dict[str, Any]] = {}
@@ -75,6 +81,19 @@ class Protocol(Facts):
             raise ValueError('reference = "none" needs fps: a picture has no frame rate of its own')
         if self.cuts == "drop" and self.num_frames == 1:
             raise ValueError('cuts = "drop" needs num_frames >= 2, got 1')
+        return self
+
+    @model_validator(mode="after")
+    def _metrics_are_names(self) -> "Protocol":
+        """A protocol comes with a run that others made, and the file of a card may name code."""
+        for name in self.metrics:
+            given, _, options = name.partition("(")
+            code = CODE_OPTIONS & {setting.partition("=")[0].strip() for setting in options.split(",")}
+            if METRIC_NAME.fullmatch(name) is None or given.endswith(".toml") or code:
+                raise ValueError(
+                    f'metrics: "{name}" is no name of a metric; expected name or name(option=value). A card of your '
+                    "own is given on the command line: --metrics CARD.toml"
+                )
         return self
 
     @property
@@ -100,8 +119,8 @@ class Protocol(Facts):
         return compared(self.model_dump())
 
     def identity(self) -> dict[str, Any]:
-        """The fields that the fingerprint covers: all but title, summary and datasets."""
-        return self.model_dump(mode="json", exclude={"title", "summary", "datasets"})
+        """The fields that the fingerprint covers: all but title, summary, metrics and datasets."""
+        return self.model_dump(mode="json", exclude={"title", "summary", "metrics", "datasets"})
 
 
 def compared(fields: Mapping[str, Any]) -> str:
@@ -133,8 +152,16 @@ def protocols() -> dict[str, Protocol]:
 
 
 def find_protocol(name: str) -> Protocol:
-    """A protocol by name, or by the path of a TOML file."""
-    return read_facts(find_toml("protocol", name, FOLDER), Protocol)
+    """A protocol by name, or by the path of a TOML file. UserError if it names a metric that is not known here."""
+    path = find_toml("protocol", name, FOLDER)
+    protocol: Protocol = read_facts(path, Protocol)
+    for dataset in (None, *protocol.datasets):
+        try:
+            for metric in (protocol.resolved(dataset) if dataset else protocol).metrics:
+                find_metric(metric)
+        except UserError as error:
+            raise UserError(f"{path}, metrics{f' for {dataset}' if dataset else ''}: {error}") from error
+    return protocol
 
 
 def _rank(seed: int, item_id: str) -> int:

@@ -6,7 +6,7 @@ import pytest
 
 from dcbench.errors import UserError
 from dcbench.facts import validate
-from dcbench.protocol import Protocol, choose_frames, find_protocol, fingerprint, plan_clips, protocols
+from dcbench.protocol import FOLDER, Protocol, choose_frames, find_protocol, fingerprint, plan_clips, protocols
 
 
 @dataclass(frozen=True)
@@ -303,3 +303,24 @@ def test_twice_the_same_id_is_an_error():
 def test_no_usable_clip_is_an_error_with_an_example():
     with pytest.raises(UserError, match=r"no usable clip among 1 videos.*8 frames; 46 are needed"):
         plan(protocol(), [Video("v", num_frames=8)])
+
+
+def test_metrics_of_a_protocol_are_names_that_the_fingerprint_does_not_cover(tmp_path):
+    plain, own = protocol(), protocol(metrics=["psnr", "lpips(net=vgg)"])
+    assert own.metrics == ("psnr", "lpips(net=vgg)") and own.identity() == plain.identity()
+    cases, _ = plan(plain, VIDEOS)
+    assert fingerprint(own, "d", cases) == fingerprint(plain, "d", cases)
+    assert "metrics" not in plain.model_dump() and own.model_dump()["metrics"] == own.metrics
+    assert protocol(datasets={"shapes": {"metrics": ["ssim"]}}).resolved("shapes").metrics == ("ssim",)
+    for name in ("/tmp/card.toml", "card.toml", "card.toml(a=1)", "../x", "file.py:build", "", "a b"):
+        with pytest.raises(UserError, match="no name of a metric"):
+            validate(plain.model_dump() | {"metrics": [name]}, Protocol, "p")
+
+
+@pytest.mark.parametrize("table", ["", "[datasets.msrvtt]\n"])
+def test_an_unknown_metric_is_an_error_when_the_protocol_is_read(tmp_path, table):
+    path = tmp_path / "mine.toml"
+    text = (FOLDER / "smoke.toml").read_text()
+    path.write_text(f'{text}\n{table}metrics = ["psnrr"]\n' if table else f'metrics = ["psnrr"]\n{text}')
+    with pytest.raises(UserError, match=r'mine.toml, metrics.*no metric is called "psnrr". Did you mean "psnr"'):
+        find_protocol(str(path))

@@ -13,8 +13,9 @@ from dcbench.metrics.statistics import Comparison, compare_paired, compare_score
 from dcbench.record import Case, Record, Score, read_per_clip, read_record
 from dcbench.reports.tables import chosen_metrics, show_value
 from dcbench.runs import planning
+from dcbench.runs.metrics import choose_metrics, metric_of, score_name
 from dcbench.runs.run import Options
-from dcbench.runs.scoring import choose_metrics, metric_of, observe_all, score_name
+from dcbench.runs.scoring import observe_all
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def _paired(values: Sequence[Sequence[float]], cases: Sequence[Case], score: Sco
 
 def _has(rows: Sequence[Mapping[str, dict]], case_id: str, name: str, failed: set[str]) -> bool:
     """Whether both runs have a value of this metric for this clip."""
-    return case_id not in failed and all(name in table.get(case_id, {}) for table in rows)
+    return case_id not in failed and all("value" in table.get(case_id, {}).get(name, {}) for table in rows)
 
 
 def _not_comparable(scores: Sequence[Score | None], paths: Sequence[Path]) -> str:

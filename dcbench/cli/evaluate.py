@@ -200,6 +200,8 @@ def _print_plan(run: "Run") -> None:
     print(f"clips        {len(run.cases)} of {run.protocol.num_frames} frames at stride {run.protocol.frame_stride}")
     if run.protocol.compared:
         print(f"compared     {run.protocol.compared}")
+    if run.protocol.metrics:
+        print(f"metrics      {', '.join(run.protocol.metrics)}")
     print(f"left out     {len(short)} too short, {len(lost)} unreadable")
     if run.protocol.cuts == "drop":
         print(plain(f"             {len(cut)} with a cut inside{': ' if cut else ''}{', '.join(cut)}"))

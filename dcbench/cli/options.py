@@ -55,7 +55,8 @@ Limit = Annotated[int | None, typer.Option("--limit", help="Maximum number of in
 MetricNames = Annotated[
     str | None,
     typer.Option(
-        "--metrics", help="Comma-separated; name(option=value) for another option. Default: all that are available."
+        "--metrics",
+        help="Comma-separated; name(option=value) for another option. Default: the protocol's, or the usual ones.",
     ),
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 ...")]

@@ -39,6 +39,10 @@ TOO_FEW_LEFT = "none: without a part of them, the clips are too few for a value"
 NO_SPREAD = "none: the value is the same without any part of the clips"
 
 
+class MetricFailed(UserError):
+    """A metric that can observe no further clip: scoring stops, so that no score lacks clips for this reason."""
+
+
 NEEDED = {
     "image": "the input image",
     "prompt": "a caption",
@@ -153,6 +157,7 @@ class Metric:
     def __init__(self, card: MetricCard, extractor: HasIdentity | None = None) -> None:
         """`extractor` None: the metric uses no network."""
         self.card, self.extractor = card, extractor or NoNetwork("pixels, no network")
+        self.facts: dict[str, Any] = {}  # about the work that it did, for cost.json
 
     @property
     def observes_reference(self) -> bool:
@@ -182,8 +187,14 @@ class Metric:
         return None
 
     def observe(self, view: View) -> Any:
-        """The observation of one case: a tensor, or a dict of JSON values. UserError if the case cannot be observed."""
+        """The observation of one case: a tensor, or a dict of JSON values.
+
+        UserError if the case cannot be observed; MetricFailed if no case can.
+        """
         raise NotImplementedError
+
+    def close(self) -> None:
+        """Free what `observe` holds, such as a program, at the end of a pass. `observe` may be called again."""
 
     def score(self, seen: Observations) -> Score:
         raise NotImplementedError
@@ -364,7 +375,9 @@ def score_values(values: Sequence[dict[str, Any]], groups: Sequence[str] | None 
     method = "Student's t" if effective < FEW_GROUPS else "the wider of BCa bootstrap and Student's t"
     details: dict[str, Any] = {}
     for key, first in sorted(values[0].items()):  # sorted, because rows from the cache are sorted too
-        column = [value[key] for value in values]
+        column: list[Any] = [value.get(key) for value in values]
+        if len({type(entry) for entry in column}) > 1:  # not every clip has it
+            continue
         if key != "value" and isinstance(first, float):
             details[key] = math.fsum(column) / len(column)
         elif isinstance(first, list) and len({len(row) for row in column}) == 1:

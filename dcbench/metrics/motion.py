@@ -123,7 +123,7 @@ class MotionMetric(ClipMetric):
     extractor: OpticalFlow
 
     def __init__(self, card: MetricCard, kind: Kind) -> None:
-        super().__init__(card, _shared())
+        super().__init__(card, shared())
         self.measure, self.version = MEASURES[kind]
 
     def observe(self, view: View) -> dict[str, Any]:
@@ -132,7 +132,7 @@ class MotionMetric(ClipMetric):
 
 
 @cache
-def _shared() -> OpticalFlow:
+def shared() -> OpticalFlow:
     return OpticalFlow()
 
 

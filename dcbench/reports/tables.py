@@ -21,7 +21,7 @@ from dcbench.files import digest
 from dcbench.metrics.statistics import Comparison, compare_scores, holm, jackknife
 from dcbench.protocol import compared
 from dcbench.record import Cost, Record, Score, read_cost, read_record
-from dcbench.runs.scoring import score_name
+from dcbench.runs.metrics import score_name
 
 ORDER = (
     "fvd",

@@ -16,8 +16,9 @@ from dcbench.ranks import join_ranks, on_first_rank, rank, together
 from dcbench.record import Case, Excluded, Plan
 from dcbench.runs import planning
 from dcbench.runs.directory import RunDirectory
+from dcbench.runs.metrics import choose_metrics
 from dcbench.runs.run import Options, Run
-from dcbench.runs.scoring import choose_metrics, score
+from dcbench.runs.scoring import score
 from dcbench.version import __version__
 
 NUMBERED = re.compile(r"(?P<name>.+)-(?P<number>\d{1,4})")  # one of several clips of an input
@@ -38,8 +39,8 @@ def score_folders(
 
     See `plan_folders`. Metrics that compare a clip with its input image or caption need pairs.
     """
-    choose_metrics(metrics)  # before the videos are read, so that an unknown name fails early
     chosen = find_protocol(protocol)
+    choose_metrics(metrics or chosen.resolved("folder").metrics)  # before the videos are read: a wrong name fails early
     if fps is not None:
         if not 0 < fps <= 1000:
             raise UserError(f"--fps {fps:g}: give a number above 0, up to 1000")

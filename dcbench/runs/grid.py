@@ -13,9 +13,10 @@ from dcbench.catalogue import find_dataset, find_model
 from dcbench.errors import LostRank, UserError, near_match
 from dcbench.files import digest
 from dcbench.ranks import rank
+from dcbench.runs.metrics import choose_metrics
 from dcbench.runs.run import Options, Run
 from dcbench.runs.sampling import sample
-from dcbench.runs.scoring import choose_metrics, score
+from dcbench.runs.scoring import score
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,8 @@ def run_all(runs: Sequence[Run], options: Options, metrics: Sequence[str] | None
 
     Returns the directories of the finished runs, and an error message for each of the others.
     """
-    choose_metrics(metrics)  # before the first clip is made, so that an unknown name fails early
+    for run in runs:  # before the first clip is made, so that an unknown name fails early
+        choose_metrics(metrics or run.protocol.metrics)
     failed: list[str] = []
 
     def each(runs: Sequence[Run], what: str, step: Callable[[Run], object]) -> list[Run]:

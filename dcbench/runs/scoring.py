@@ -6,7 +6,6 @@ kept, so memory does not grow with the number of clips.
 
 import contextlib
 import datetime
-import fnmatch
 import itertools
 import sys
 import time
@@ -20,120 +19,24 @@ import torch
 from torch import Tensor
 
 from dcbench import machine, record, video
-from dcbench.catalogue import MetricCard, cards, find_metric, load_entry_point
+from dcbench.catalogue import find_metric
 from dcbench.clips import pixels_sha256
 from dcbench.errors import UserError
 from dcbench.escape import screen
-from dcbench.files import cache_dir, digest, optional_cache, read_json, write_json
-from dcbench.metrics.base import Metric, Observations, SetMetric, View
+from dcbench.files import digest, optional_cache, write_json
+from dcbench.metrics.base import Metric, MetricFailed, Observations, SetMetric, View
 from dcbench.metrics.cache import FeatureCache
-from dcbench.models.base import Runtime
 from dcbench.progress import track
 from dcbench.protocol import Protocol
 from dcbench.ranks import gather, held_by_first_rank, join_ranks, on_first_rank, rank, together, world_size
 from dcbench.record import Case, Cost, Failure, Record, Score
 from dcbench.runs import suspect
 from dcbench.runs.directory import RunDirectory
+from dcbench.runs.metrics import Metrics, build_metrics, card_file, choose_metrics, score_name
 from dcbench.runs.run import Options, Run
 from dcbench.runs.sampling import raise_lost
 
 PREFETCH = 3  # cases decoded ahead
-
-
-# --- metrics ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Metrics:
-    """The metrics of a run, by the name of their score. `missing`: those that cannot be built, with the reason."""
-
-    built: dict[str, Metric] = field(default_factory=dict)
-    missing: dict[str, tuple[MetricCard, str]] = field(default_factory=dict)
-
-
-def choose_metrics(names: Sequence[str] | None) -> list[MetricCard]:
-    """The metric cards of a run: the default ones, or `names`, each a name, a pattern such as judge_*, or card.toml."""
-    known = [card for card in cards("metrics").values() if isinstance(card, MetricCard)]
-    if not names:
-        return [card for card in known if card.default]
-    chosen: dict[str, MetricCard] = {}
-    for name in names:
-        matching = [card for card in known if "*" in name and fnmatch.fnmatch(card.name, name)]
-        for card in matching or [find_metric(name)]:
-            if chosen.setdefault(score_name(card), card) != card:
-                raise UserError(f"two metrics are called {score_name(card)}; give one of the cards another name")
-    return list(chosen.values())
-
-
-def score_name(card: MetricCard) -> str:
-    """The name of a metric's score: the card's name, and its differences from this machine's card of that name."""
-    known = cards("metrics").get(card.name)
-    if known is None:
-        return card.name
-    differing = {key: value for key, value in card.options.items() if known.options.get(key) != value}
-    if known.entry_point != card.entry_point:
-        differing["entry_point"] = card.entry_point
-    shown = []
-    for key, value in differing.items():
-        is_path = isinstance(value, str) and Path(value).is_absolute()
-        shown.append(f"{key}={Path(value).name if is_path else value}")
-    return f"{card.name}({', '.join(shown)})" if shown else card.name
-
-
-def build_metrics(chosen: Sequence[MetricCard], runtime: Runtime, explicit: bool) -> Metrics:
-    """Build every metric. If one cannot be built, `missing` has the reason; with `explicit`, UserError is raised."""
-    metrics = Metrics()
-    for card in chosen:
-        try:
-            metric = load_entry_point(card)(card, runtime)
-        except UserError as error:
-            reason = str(error).replace("weights fetch NAME", f"weights fetch {card.name}")
-            if explicit:
-                raise type(error)(reason) from error
-            metrics.missing[score_name(card)] = card, reason
-            continue
-        if not isinstance(metric, Metric):
-            raise UserError(
-                f"{card.name}: {card.entry_point} made {type(metric).__name__}, which is no metric; expected a "
-                "SetMetric or a ClipMetric of dcbench.metrics (CONTRIBUTING.md, 'Add a metric')"
-            )
-        metrics.built[score_name(card)] = metric
-    return metrics
-
-
-def _card_file(score: Score) -> Path:
-    """The file that stores, on this machine, the path of your own card that a score was made with."""
-    return cache_dir() / "metrics" / f"{digest([score.metric, score.extractor], 32)}.json"
-
-
-def _is_path(value: Any) -> bool:
-    return isinstance(value, str) and ("/" in value or "\\" in value or bool(Path(value).suffix))
-
-
-def metric_of(name: str, score: Score, runtime: Runtime, given: MetricCard | None = None) -> Metric:
-    """Build the metric of a score again. UserError if this is not possible, or would give other numbers.
-
-    A record is data, so code that it names is not run. Only these cards are used: those of this machine, and files that
-    were given on a command line, now (`given`) or before.
-    """
-    card = given or cards("metrics").get(str(score.metric.get("name", name)))
-    if given is None and _card_file(score).is_file():
-        card = find_metric(read_json(_card_file(score))["card"])
-    elif given is None and card is not None:
-        named = [value for value in score.metric.get("options", {}).values() if _is_path(value)]
-        if any(value not in card.options.values() for value in named):
-            raise UserError(
-                f"it was scored with the file {named[0]!r}; give the card that names it: --metrics CARD.toml"
-            )
-        card = card.model_copy(update={"options": {**card.options, **score.metric.get("options", {})}})
-    if card is None:
-        raise UserError("it was scored with a card that this machine does not have; give it: --metrics CARD.toml")
-    metric: Metric = load_entry_point(card)(card, runtime)
-    if score.metric and metric.identity != score.metric:
-        raise UserError("its card or its code has changed; score both runs again")
-    if metric.extractor.identity != score.extractor:
-        raise UserError("its extractor has other weights or preprocessing on this machine; score both runs again")
-    return metric
 
 
 # --- one pass ---------------------------------------------------------------------------------------------------------
@@ -273,6 +176,8 @@ def _observe_case(metric: Metric, of: Prepared, cache: FeatureCache | None) -> N
     for side, view, table in _views(metric, of):
         try:
             table[metric.observation_key] = {of.case.id: _observation(metric, view, side, cache)}
+        except MetricFailed:
+            raise
         except UserError as error:  # this metric cannot observe this clip; the others can
             of.seen.lacking.setdefault(metric.observation_key, {})[of.case.id] = str(error)
 
@@ -433,13 +338,15 @@ def per_clip_rows(seen: Seen, metrics: Metrics, cases: Sequence[Case]) -> list[d
 def score(run: Run, options: Options, metrics: Sequence[str] | None = None, strict: bool = True) -> Record:
     """Score every finished clip and write per_clip.jsonl, record.json and cost.json.
 
-    UserError if a metric in `metrics` cannot be built; with `strict` False, its score has the reason instead.
+    UserError if a metric in `metrics` cannot be built; with `strict` False, its score has the reason instead. Without
+    `metrics`: those of the protocol, or the default ones, and a score that cannot be built always has its reason.
     """
     join_ranks()
     start = time.perf_counter()
     with held_by_first_rank(run.directory.locked):
         on_first_rank(lambda: _check_clips(run))
-        built = together(lambda: build_metrics(choose_metrics(metrics), options.runtime(), bool(metrics) and strict))
+        chosen = metrics or run.protocol.metrics
+        built = together(lambda: build_metrics(choose_metrics(chosen), options.runtime(), bool(metrics) and strict))
         seen = observe_all(run, list(built.built.values()), options, FeatureCache())
         seconds = time.perf_counter() - start
         result = on_first_rank(lambda: _finish(run, options, built, seen, seconds))
@@ -447,7 +354,7 @@ def score(run: Run, options: Options, metrics: Sequence[str] | None = None, stri
         if name.endswith(".toml"):
             made = result.scores[score_name(find_metric(name))]
             with optional_cache():
-                write_json(_card_file(made), {"card": str(Path(name).expanduser().resolve())})
+                write_json(card_file(made), {"card": str(Path(name).expanduser().resolve())})
     return result
 
 
@@ -477,7 +384,11 @@ def observe_all(
             seen.merge(part)
         return seen
 
-    seen = together(share)
+    try:
+        seen = together(share)
+    finally:
+        for metric in metrics:
+            metric.close()
     whole = Seen()
     for part in gather(seen):
         whole.merge(part)
@@ -520,7 +431,7 @@ def _finish(run: Run, options: Options, metrics: Metrics, seen: Seen, seconds: f
         print(screen(f"WARNING: {warning}"), file=sys.stderr, flush=True)
     directory.write_per_clip(rows)
     write_json(directory.record, result.model_dump(mode="json"))
-    write_json(directory.cost, _cost(run, options, finished, seconds).model_dump(mode="json"))
+    write_json(directory.cost, _cost(run, options, finished, seconds, metrics).model_dump(mode="json"))
     return result
 
 
@@ -540,10 +451,13 @@ def _merge_row(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     return old | new | ({"reference": reference} if reference else {})
 
 
-def _cost(run: Run, options: Options, finished: dict[str, dict[str, Any]], seconds: float) -> Cost:
+def _cost(run: Run, options: Options, finished: dict[str, dict[str, Any]], seconds: float, metrics: Metrics) -> Cost:
     rows = [finished[case.id] for case in run.cases if case.id in finished]
     per_clip = [row["seconds"] for row in rows]
     runtime = options.runtime()
+    details = {"steps": run.model.sampling.get("steps") if run.model else None, "weights": _named(rows, "weights")}
+    if facts := {name: metric.facts for name, metric in metrics.built.items() if metric.facts}:
+        details["metrics"] = facts
     return Cost(
         seconds_per_clip=sum(per_clip) / len(per_clip) if per_clip else None,
         peak_memory_mb=max((row["peak_memory_mb"] for row in rows), default=None),
@@ -554,7 +468,7 @@ def _cost(run: Run, options: Options, finished: dict[str, dict[str, Any]], secon
         hardware=", ".join(_named(rows, "hardware")) or machine.hardware(runtime.device),
         git_commit=machine.git_commit(),
         finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        details={"steps": run.model.sampling.get("steps") if run.model else None, "weights": _named(rows, "weights")},
+        details=details,
     )
 
 

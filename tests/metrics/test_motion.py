@@ -128,3 +128,8 @@ def test_score_is_the_mean_with_an_interval(motion: ClipMetric) -> None:
         scored(motion, [{"value": 1.0}, {"value": float("nan")}], None)
     with pytest.raises(UserError, match="no clips"):
         scored(motion, [], None)
+
+
+def test_a_number_that_only_some_clips_have_is_not_averaged(motion: ClipMetric) -> None:
+    rows = [{"value": 1.0, "top5": 2.0, "mine": 1.0}, {"value": 3.0, "top5": 4.0}, {"value": 2.0, "top5": 3.0}]
+    assert scored(motion, rows, None).details == {"top5": 3.0}

@@ -13,10 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
+from dcbench import supervisor
 from dcbench.catalogue import find_model
 from dcbench.errors import UserError
 from dcbench.models.base import Request, Runtime
-from dcbench.models.baselines import external, supervisor
+from dcbench.models.baselines import external
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks processes up in /proc")
 

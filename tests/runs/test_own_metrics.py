@@ -1,6 +1,7 @@
 """A metric's identity, with its options and its code, is the key of its cache, its column and its comparisons."""
 
 import csv
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -20,7 +21,7 @@ from dcbench.metrics.cache import FeatureCache
 from dcbench.metrics.distances import score_frechet
 from dcbench.protocol import find_protocol
 from dcbench.reports import write_report
-from dcbench.runs import planning, scoring
+from dcbench.runs import grid, planning, scoring
 from dcbench.runs.folders import plan_folders
 from dcbench.runs.run import Options, Run
 from dcbench.runs.sampling import sample
@@ -338,3 +339,30 @@ def test_a_metric_of_one_set_needs_no_reference_clips(tmp_path, small_i3d):
     assert alone.value == both[name].value and "reference_value" not in alone.details
     reason = scoring.score_all(seen, scoring.Metrics({"fvd": fvd}), run.cases, "")["fvd"].reason
     assert reason == "0 reference and 12 generated clips: nothing to compare"
+
+
+def test_the_metrics_of_a_protocol_are_those_of_the_run_unless_others_are_named(tmp_path):
+    """A metric without its weights has its reason there; named by the user, it is an error."""
+    protocol = find_protocol("smoke").model_copy(update={"height": 32, "width": 32, "datasets": {}})
+    runs = []
+    for name, metrics in (("usual", ()), ("own", ("flicker", "pic", "ssim_image"))):
+        chosen = protocol.model_copy(update={"metrics": metrics})
+        run = planning.plan(
+            find_model("zoom"), find_dataset("shapes"), chosen, out=tmp_path / name, limit=2, quiet=True
+        )
+        sample(run, QUIET)
+        runs.append(run)
+    assert runs[0].plan.fingerprint == runs[1].plan.fingerprint
+    assert "metrics" not in runs[0].plan.protocol and runs[1].plan.protocol["metrics"] == list(runs[1].protocol.metrics)
+    scores = scoring.score(runs[1], QUIET).scores
+    assert set(scores) == {"flicker", "pic", "ssim_image"} and scores["flicker"].value
+    assert scores["pic"].value is None and scores["pic"].reason
+    again = scoring.score(planning.reopen(tmp_path / "own"), QUIET).scores
+    assert again == scores
+    named = scoring.score(runs[1], QUIET, ["loop_seam"]).scores
+    assert set(named) == {*scores, "loop_seam"}  # those of before are kept, none is made anew
+    with pytest.raises(UserError):
+        scoring.score(runs[1], QUIET, ["pic"])
+    wrong = dataclasses.replace(runs[0], protocol=protocol.model_copy(update={"metrics": ("flickr",)}))
+    with pytest.raises(UserError, match=r'no metric is called "flickr"\. Did you mean "flicker"'):
+        grid.run_all([wrong], QUIET, None)

@@ -11,11 +11,7 @@ import fcntl
 import json
 import os
 import resource
-import shlex
 import shutil
-import signal
-import socket
-import string
 import subprocess
 import sys
 import time
@@ -32,27 +28,33 @@ from dcbench import video
 from dcbench.catalogue import ModelCard
 from dcbench.clips import TemporalPolicy, choose_in_time, resize
 from dcbench.errors import UserError, first_line
-from dcbench.facts import Facts, validate
+from dcbench.facts import validate
 from dcbench.files import atomic_write
 from dcbench.models.base import Request, Runtime, Wanted, checks_with
 from dcbench.pictures import read_image
+from dcbench.programs import (
+    PATIENCE,
+    ProgramOptions,
+    check_command,
+    check_start,
+    how_it_ended,
+    last_lines,
+    plain,
+    program_path,
+    started,
+)
 from dcbench.progress import track
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-LAST_LINES = 15
-LAST_BYTES = 100_000  # of the log, in which these lines are looked for
 LARGEST = 8e9  # bytes of one clip
-PATIENCE = 15.0  # seconds for a program to end, which the supervisor asks first
 
 
-class ExternalOptions(Facts):
-    """[options] of a card of this family. {braces} in the command: requests, output, python, cwd, device, adapters."""
+class ExternalOptions(ProgramOptions):
+    """[options] of a card of this family. {braces} in the command: requests, output, python, cwd, device, adapters.
 
-    command: str | tuple[str, ...]
-    python: str = "python3"  # of the program's own environment
-    cwd: str = ""  # where it is started
-    environment: dict[str, str] = {}  # on top of dcbench's own
-    timeout: float = 1800  # seconds in which at least one new file must appear
+    `timeout`: seconds in which at least one new file must appear.
+    """
+
     temporal: TemporalPolicy = "first"
     resize: Literal["keep", "squash", "crop"] = "keep"  # how the clip comes back to the size of its input image
 
@@ -117,7 +119,7 @@ class External:
             if isinstance(clip, str):
                 raise UserError(
                     f"{self.card.name}: clip {request.clip_id} {plain(clip)}; the program {self.ended}."
-                    f"{self._last_lines()}\n"
+                    f"{last_lines(self._log)}\n"
                     "Clips that are finished are kept: mend the program, and give the same command again."
                 )
             clips.append(clip)
@@ -167,34 +169,19 @@ class External:
     def _log(self) -> Path:
         return self.folder / f"program-{self.rank}.log"
 
-    def _last_lines(self) -> str:
-        if not self._log.is_file():
-            return ""
-        with self._log.open("rb") as file:
-            file.seek(max(0, self._log.stat().st_size - LAST_BYTES))
-            text = file.read().decode("utf-8", errors="replace")
-        lines = [line for line in map(plain, text.splitlines()) if line.strip()][-LAST_LINES:]
-        said = "".join(f"\n  | {line[:300]}" for line in lines) or "\n  | (nothing)"
-        return f" The end of its output ({self._log}):{said}"
-
     def _run(self, requests: Path, output: Path, clip_ids: list[str]) -> None:
         fields = {
             "requests": str(requests),
             "output": str(output),
-            "python": _program(self.options.python),
+            "python": program_path(self.options.python),
             "cwd": self.options.cwd,
             "device": self.device,
             "adapters": str(Path(__file__).with_name("adapters.py")),
         }
-        command = [part.format(**fields) for part in split(self.options.command)]
-        environment = os.environ | {"PYTHONUNBUFFERED": "1"} | self.options.environment
-        for name in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"):  # of dcbench's environment, not of the program's
-            if name not in self.options.environment:
-                environment.pop(name, None)
         with (
             self._alone() as lock,
             self._log.open("wb") as log,
-            _started(command, self, lock, environment, log) as process,
+            started(self.card.name, self.options, fields, lock, log) as process,
         ):
             for _ in track(self._watch(process, output, set(clip_ids)), len(clip_ids), self.card.name):
                 pass
@@ -234,70 +221,11 @@ class External:
                 yield from sorted(waiting & names)
                 waiting -= names
             if not running:
-                code = process.returncode
-                self.ended = f"ended with code {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
+                self.ended = how_it_ended(process.returncode)
                 return
             if time.monotonic() - last > self.options.timeout:
                 self.ended = f"wrote no new file for {self.options.timeout:g} seconds (options.timeout) and was stopped"
                 return
-
-
-@contextlib.contextmanager
-def _started(
-    command: list[str], model: External, lock: IO[str], environment: dict[str, str], log: IO[bytes]
-) -> Iterator[subprocess.Popen[bytes]]:
-    """The supervisor of a started program. At the end of the block, or of this process, all of it is ended."""
-    here, there = socket.socketpair()
-    cwd = model.options.cwd
-    with here:
-        with there:
-            process = subprocess.Popen(
-                [sys.executable, "-I", str(Path(__file__).with_name("supervisor.py")), str(lock.fileno()), *command],
-                cwd=Path(cwd).expanduser() if cwd else None,
-                env=environment,
-                stdin=there.fileno(),
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                pass_fds=(lock.fileno(),),
-                start_new_session=True,  # a Ctrl-C of the terminal is for dcbench, which closes the socket
-            )
-        with here.makefile("r", encoding="utf-8", errors="replace") as answers:
-            state, _, said = answers.readline().strip().partition(" ")
-        if state != "started":
-            process.wait()
-            raise UserError(
-                f"{model.card.name}: cannot start {command[0]!r}: {said or 'no answer'}. The whole command: "
-                f"{shlex.join(command)}"
-            )
-        lock.truncate(0)
-        lock.write(f"{said}\n")
-        lock.flush()
-        try:
-            yield process
-        finally:
-            here.shutdown(socket.SHUT_RDWR)  # the supervisor ends all, also if a second Ctrl-C ends this wait
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(PATIENCE)
-
-
-def plain(text: str) -> str:
-    """Text of a program for the terminal: what is no visible character, such as an escape sequence, as its code."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
-
-
-def split(command: str | tuple[str, ...]) -> tuple[str, ...]:
-    """A command line as its parts: split first, filled in later, so that a path may hold spaces."""
-    if isinstance(command, tuple):
-        return command
-    try:
-        return tuple(shlex.split(command))
-    except ValueError as error:
-        raise UserError(f"options.command {command!r} is no command line: {error}") from error
-
-
-def _program(path: str) -> str:
-    """A path with a slash is made absolute, so that it does not depend on `cwd`; a bare name is looked up in PATH."""
-    return str(Path(path).expanduser().absolute()) if os.sep in path else path
 
 
 def read_output(path: Path) -> tuple[Tensor, float | None]:
@@ -353,30 +281,11 @@ def check_wanted(card: ModelCard, wanted: Sequence[Wanted]) -> None:
 def load(card: ModelCard, runtime: Runtime) -> External:
     """Entry point of every card of this family."""
     options: ExternalOptions = validate(card.options, ExternalOptions, f"{card.name}, options")
-    parts = split(options.command)
-    if not parts:
-        raise UserError(
-            f"{card.name}: options.command is empty; for example '{{python}} my.py {{requests}} {{output}}'"
-        )
-    known = {"requests", "output", "python", "cwd", "device", "adapters"}
-    named = set()
-    for part in parts:
-        try:
-            named |= {name for _, name, _, _ in string.Formatter().parse(part) if name is not None}
-        except ValueError as error:
-            raise UserError(f"{card.name}: options.command, {part!r}: {error}. Double a brace that is meant") from error
-    if named - known or not {"requests", "output"} <= named:
-        raise UserError(
-            f"{card.name}: options.command must name {{requests}} and {{output}}, and may name {{python}}, {{cwd}}, "
-            f"{{device}} and {{adapters}}; it names {', '.join(sorted(named)) or 'none'}. Double a brace that is meant"
-        )
+    check_command(card.name, options, ("requests", "output"), ("python", "cwd", "device", "adapters"))
     if "cwd" in card.options and not options.cwd:
         raise UserError(
             f"{card.name} runs in its own repository: --set options.cwd=FOLDER, and --set options.python=PATH for the "
             f"Python of its environment. How to set it up: docs/baselines.md{f', {card.url}' if card.url else ''}"
         )
-    if options.cwd and not Path(options.cwd).expanduser().is_dir():
-        raise UserError(f"{card.name}: options.cwd {options.cwd!r} is no folder")
-    if options.timeout <= 0:
-        raise UserError(f"{card.name}: options.timeout is {options.timeout:g}; it must be above 0")
+    check_start(card.name, options)
     return External(card, options, runtime.device)
