@@ -36,12 +36,12 @@ def class_prompt(label: str) -> str:
     return " ".join(re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z0-9]+", label)).lower()
 
 
-def tfds_order(ids: Sequence[str], split: str, files: int = 32) -> list[str]:
+def tfds_order(ids: Sequence[str], split: str, files: int = 16) -> list[str]:
     """The videos of a split in the order in which TensorFlow Datasets (4.9, `ucf101`) reads them.
 
     The package sorts its examples by the MD5 of the split's name and the name of the video, and cuts them into `files`
     files. It reads 16 files in turn, 16 examples of each; after its last example, the next file takes a file's turn.
-    `files` follows from the size of the encoded split: 32 for 2 to 4 GiB, which is not published.
+    `files` follows from the size of the encoded split, which is not published: 16 below 2 GiB, 32 above (docs/data.md).
     """
 
     def key(item_id: str) -> bytes:
