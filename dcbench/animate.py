@@ -13,7 +13,7 @@ import yaml
 from torch import Tensor
 
 from dcbench import video
-from dcbench.catalogue import ModelCard, cards, load_entry_point
+from dcbench.catalogue import ModelCard, load_entry_point
 from dcbench.errors import UserError, first_line, near_match
 from dcbench.files import read_bytes
 from dcbench.models.base import (
@@ -23,6 +23,7 @@ from dcbench.models.base import (
     Runtime,
     TakesMotion,
     Wanted,
+    check_ends,
     check_generated,
     check_wanted,
 )
@@ -135,7 +136,7 @@ def animate(
     last = first if loop else None if end_image is None else read_image(end_image)
     fps = fps if fps is not None else card.clip.fps or FPS
     _check_out(out, fps)
-    _check_ends(card, last is not None, "a loop" if loop else "a clip between two pictures")
+    check_ends(card, last is not None, "a loop" if loop else "a clip between two pictures")
     _check_card(card, fps, motion)
     names = [out] if num == 1 else [out.with_stem(f"{out.stem}-{k}") for k in range(1, num + 1)]
     model = load_entry_point(card)(card, runtime or Runtime())
@@ -162,7 +163,7 @@ def tell(
     fps = fps if fps is not None else own_fps if own_fps is not None else card.clip.fps or FPS
     _check_out(out, fps)
     for number, scene in enumerate(scenes, 1):
-        _check_ends(card, scene.end_image is not None, f"scene {number}")
+        check_ends(card, scene.end_image is not None, f"scene {number}")
     _check_card(card, fps, motion)
     model = load_entry_point(card)(card, runtime or Runtime())
     clips: list[Tensor] = []
@@ -226,21 +227,3 @@ def _check_out(out: Path, fps: float) -> None:
         )
     if out.is_dir():
         raise UserError(f"{out} is a folder; give a file name")
-
-
-def _check_ends(card: ModelCard, has_end: bool, what: str) -> None:
-    """Raise UserError if an end image is given to a model without one, or missing; it names models that fit."""
-    can = "end_image" in card.conditions_on
-    if has_end == can:
-        return
-    fitting = [
-        other.name
-        for other in cards("models").values()
-        if isinstance(other, ModelCard) and other.available and ("end_image" in other.conditions_on) == has_end
-    ]
-    family = [name for name in fitting if name.startswith("dynamicrafter")]
-    if has_end:
-        needs = f"{what} needs a model that conditions on an end image, which {card.name} does not"
-    else:
-        needs = f"{card.name} fills in between two pictures: give --end-image or --loop"
-    raise UserError(f"{needs}. Models that can: {', '.join(family or fitting)}.")

@@ -9,7 +9,7 @@ import math
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 from typing import Protocol as Interface
@@ -42,7 +42,7 @@ class Protocol(Facts):
     # which videos
     split: str
     num_clips: int = Field(ge=1)
-    selection: Literal["random", "by_class", "first", "all"] = "random"
+    selection: Literal["random", "by_class", "first", "all", "published"] = "random"  # published: by Item.place
     selection_seed: int = 0
     # which frames
     num_frames: int = Field(ge=1)
@@ -50,14 +50,15 @@ class Protocol(Facts):
     fps: float | None = _later(None, gt=0, le=1000)  # videos are read at this rate, by time; None: each at its own
     start: Literal["random", "first", "middle"] = "random"
     short_videos: Literal["drop", "shrink_stride"] = "drop"
+    chunks: Literal["one", "all"] = _later("one")  # all: each complete chunk of num_frames frames is a clip
     cuts: Literal["keep", "drop"] = _later("keep")  # drop: a video whose clip has a cut inside is replaced
-    condition: Literal["first", "random"] = "first"  # which frame of the clip is the input image
+    condition: Literal["first", "random", "ends"] = "first"  # which frame is the input image; ends: first and last
     decoder: Literal["auto", "decord", "pyav"] = "auto"  # auto: decord, or PyAV if decord fails; the record names it
     # which pixels
     height: int = Field(ge=1)
     width: int = Field(ge=1)
     resize: Literal["crop", "squash"] = "crop"
-    interpolation: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
+    interpolation: Literal["bilinear", "bicubic", "nearest", "area_linear_light"] = "bilinear"
     antialias: bool = True
     # which text
     caption: Literal["first", "random", "none"] = "first"
@@ -65,7 +66,7 @@ class Protocol(Facts):
     # what the clips are compared with. "none": the data set has pictures, or its films are not used
     reference: Literal["clip", "none"] = _later("clip")
     reference_videos: Literal["paired", "disjoint"] = _later("paired")  # disjoint: videos that are not animated
-    scored_frames: Literal["all", "without_condition"] = _later("all")  # of both sides
+    scored_frames: Literal["all", "without_condition", "between"] = _later("all")  # of both sides; between: no end
     # its table where the command line names none: names, or name(option=value); (): the usual metrics. No clip and no
     # score depends on it, so the fingerprint does not cover it
     metrics: tuple[str, ...] = _later(())
@@ -75,8 +76,14 @@ class Protocol(Facts):
 
     @model_validator(mode="after")
     def _frames_are_enough(self) -> "Protocol":
-        if self.scored_frames == "without_condition" and self.num_frames == 1:
-            raise ValueError('scored_frames = "without_condition" needs num_frames >= 2, got 1')
+        needed = {
+            'scored_frames = "without_condition"': 2 if self.scored_frames == "without_condition" else 1,
+            'scored_frames = "between"': 3 if self.scored_frames == "between" else 1,
+            'condition = "ends"': 2 if self.condition == "ends" else 1,
+        }
+        for value, number in needed.items():
+            if self.num_frames < number:
+                raise ValueError(f"{value} needs num_frames >= {number}, got {self.num_frames}")
         if self.reference == "none" and self.fps is None:
             raise ValueError('reference = "none" needs fps: a picture has no frame rate of its own')
         if self.cuts == "drop" and self.num_frames == 1:
@@ -94,6 +101,19 @@ class Protocol(Facts):
                     f'metrics: "{name}" is no name of a metric; expected name or name(option=value). A card of your '
                     "own is given on the command line: --metrics CARD.toml"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _choices_fit(self) -> "Protocol":
+        """The clip has both ends, and chunks leave nothing to choose within a video."""
+        if self.condition == "ends" and self.reference == "none":
+            raise ValueError('condition = "ends" needs reference = "clip": a picture has no last frame')
+        if self.condition == "ends" and self.scored_frames == "without_condition":
+            raise ValueError('scored_frames: condition = "ends" gives two frames; use "between" to leave out both')
+        fixed = {"start": "first", "short_videos": "drop", "reference": "clip", "reference_videos": "paired"}
+        for name, value in fixed.items():
+            if self.chunks == "all" and (given := getattr(self, name)) != value:
+                raise ValueError(f'chunks = "all" needs {name} = "{value}", got "{given}"')
         return self
 
     @property
@@ -129,7 +149,8 @@ def compared(fields: Mapping[str, Any]) -> str:
     samples = f"{count} clips of each input" if isinstance(count, int) and count > 1 else ""
     alone = "without reference clips" if fields.get("reference") == "none" and not others else ""
     videos = "with videos that are not animated" if others else ""
-    frames = "without the condition frame" if fields.get("scored_frames") == "without_condition" else ""
+    left_out = {"without_condition": "without the condition frame", "between": "without the first and last frame"}
+    frames = left_out.get(str(fields.get("scored_frames")), "")
     return ", ".join(filter(None, (samples, alone, videos, frames)))
 
 
@@ -140,7 +161,7 @@ class ProbedVideo(Interface):
     def fps(self) -> float: ...
 
 
-ItemT = Any  # an item of a dataset; id, path, captions, label, group and film are used
+ItemT = Any  # an item of a dataset; id, path, captions, label, group, film and place are used
 Probe = Callable[[Sequence[ItemT]], Iterable[ProbedVideo | UserError]]
 FindCut = Callable[[ItemT, Case], int | UserError | None]  # the frame of a clip that begins another shot, if any
 
@@ -178,6 +199,10 @@ def ordered(items: Sequence[ItemT], protocol: Protocol) -> list[ItemT]:
     by_id = sorted(items, key=lambda item: item.id)
     if protocol.selection in ("first", "all"):
         return by_id
+    if protocol.selection == "published":
+        if without := [item.id for item in by_id if item.place is None]:
+            raise UserError(f'protocol {protocol.name}: selection = "published", but {without[0]} has no place in one')
+        return sorted(by_id, key=lambda item: item.place)
     shuffled = sorted(by_id, key=lambda item: (_rank(protocol.selection_seed, item.id), item.id))
     if protocol.selection == "random":
         return shuffled
@@ -234,14 +259,15 @@ def plan_clips(
     `probe` gets the items in the protocol's order and yields a result for each. It must be lazy: only the needed
     results are taken. A video that is too short is replaced by the next one. With cuts = "drop", so is one whose clip
     has a cut inside; `find_cut` is needed then. A video that cannot be read (its result is a UserError) is not
-    replaced, so the sample is smaller. UserError if two ids are equal, no video is usable, or too few are left to
-    compare with.
+    replaced, so the sample is smaller (with chunks = "all" by one: the number of its
+    chunks is not known). UserError if two ids are equal, no video is usable, or too few are left to compare with.
     """
     ids = Counter(item.id for item in items)
     if twice := sorted(item_id for item_id, count in ids.items() if count > 1):
         raise UserError(f'the dataset has two videos with the id "{twice[0]}"; ids must be unique')
     inputs = [item for item in items if not item.film]
-    wanted = len(inputs) if protocol.selection == "all" else protocol.num_clips
+    every = protocol.selection == "all" and protocol.chunks == "one"
+    wanted = len(inputs) if every else protocol.num_clips
     wanted = min(wanted, limit) if limit else wanted
     disjoint = protocol.reference_videos == "disjoint"
     others = len(items) - (wanted if len(inputs) == len(items) else len(inputs))
@@ -332,65 +358,98 @@ def _choose(
     excluded: list[Excluded] = []
     lost = 0
     for item, info in zip(order, probe(order), strict=False):
-        made = info if isinstance(info, UserError) else _usable(protocol, item, info, run_seed, find_cut)
-        if isinstance(made, UserError):
-            made = Excluded(id=item.id, reason=str(made), rule="unreadable")
-        if isinstance(made, Case):
-            chosen.append(made)
-        else:
-            excluded.append(made)
-            lost += made.rule == "unreadable"
-        if len(chosen) + lost >= wanted:
-            break
+        for made in _usable(protocol, item, info, run_seed, find_cut):
+            if isinstance(made, Case):
+                chosen.append(made)
+            else:
+                excluded.append(made)
+                lost += made.rule == "unreadable"
+            if len(chosen) + lost >= wanted:
+                return chosen, excluded
     return chosen, excluded
 
 
 def _usable(
-    protocol: Protocol, item: ItemT, info: ProbedVideo, run_seed: int, find_cut: FindCut | None
-) -> Case | Excluded | UserError:
-    """The case of a video; or why it is replaced by the next one; or why its frames cannot be read."""
-    case = make_case(protocol, item, info, run_seed)
-    if case is None:
+    protocol: Protocol, item: ItemT, info: ProbedVideo | UserError, run_seed: int, find_cut: FindCut | None
+) -> Iterator[Case | Excluded]:
+    """The cases of a video; or why it, or a chunk of it, is replaced by the next one, or cannot be read."""
+    if isinstance(info, UserError):
+        yield Excluded(id=item.id, reason=str(info), rule="unreadable")
+        return
+    made = make_case(protocol, item, info, run_seed) if protocol.chunks == "one" else None
+    cases = make_chunks(protocol, item, info, run_seed) if protocol.chunks == "all" else [made] if made else []
+    if not cases:
         needed = protocol.span if protocol.short_videos == "drop" else protocol.num_frames
         read = (f" at {info.fps:g} fps", f" at {protocol.fps:g} fps") if protocol.fps else ("", "")
         reason = f"{info.num_frames} frames{read[0]}; {needed}{read[1]} are needed"
-        return Excluded(id=item.id, reason=reason, rule="short")
-    if protocol.cuts == "keep" or find_cut is None or len(case.frames) < 2:  # a picture has no cut
-        return case
-    frame = find_cut(item, case)
-    if isinstance(frame, int):
-        return Excluded(id=item.id, reason=f"a cut before frame {frame} of its clip", rule="cut")
-    return case if frame is None else frame
+        yield Excluded(id=item.id, reason=reason, rule="short")
+    for case in cases:
+        frame = None
+        if protocol.cuts == "drop" and find_cut is not None and len(case.frames) > 1:  # a picture has no cut
+            frame = find_cut(item, case)
+        if isinstance(frame, int):
+            yield Excluded(id=case.id, reason=f"a cut before frame {frame} of its clip", rule="cut")
+        elif frame is not None:
+            yield Excluded(id=case.id, reason=str(frame), rule="unreadable")
+        else:
+            yield case
 
 
 def make_case(protocol: Protocol, item: ItemT, info: ProbedVideo, run_seed: int) -> Case | None:
     """The case of one video, or of one picture. None if the video is too short."""
     if protocol.reference == "none":
         protocol = protocol.model_copy(update={"num_frames": 1})  # of the source: the input image alone
-    rate = protocol.fps or info.fps
-    step = info.fps / rate  # source frames from one frame to the next at this rate
-    frames = choose_frames(protocol, item.id, math.floor((info.num_frames - 1) / step + 1e-6) + 1)
-    if frames is None:
-        return None
-    indices, stride = frames
-    if step != 1:  # the frame that is nearest in time
-        indices = [min(info.num_frames - 1, math.floor(index * step + 0.5)) for index in indices]
+    frames = choose_frames(protocol, item.id, _number_of_frames(protocol, info))
+    return _case(protocol, item, info, run_seed, item.id, *frames) if frames else None
+
+
+def make_chunks(protocol: Protocol, item: ItemT, info: ProbedVideo, run_seed: int) -> list[Case]:
+    """A case `<item>-<its first frame>` for each complete chunk of num_frames frames, at the stride, in their order.
+
+    The first chunk begins at the first frame, and no frame is in two chunks. The chunks of a video are one group.
+    """
+    frames = range(0, _number_of_frames(protocol, info), protocol.frame_stride)
+    number, made = protocol.num_frames, []
+    for start in range(0, len(frames) - number + 1, number):
+        chunk = list(frames[start : start + number])
+        clip_id = f"{item.id}-{_source_frame(protocol, info, chunk[0]):05d}"
+        case = _case(protocol, item, info, run_seed, clip_id, chunk, protocol.frame_stride)
+        made.append(case.model_copy(update={"source": item.id, "group": item.group or item.id}))
+    return made
+
+
+def _number_of_frames(protocol: Protocol, info: ProbedVideo) -> int:
+    """How many frames a video has at the protocol's rate."""
+    step = info.fps / (protocol.fps or info.fps)  # source frames from one frame to the next at this rate
+    return math.floor((info.num_frames - 1) / step + 1e-6) + 1
+
+
+def _source_frame(protocol: Protocol, info: ProbedVideo, index: int) -> int:
+    """The frame of the file that is nearest in time to a frame at the protocol's rate."""
+    step = info.fps / (protocol.fps or info.fps)
+    return index if step == 1 else min(info.num_frames - 1, math.floor(index * step + 0.5))
+
+
+def _case(
+    protocol: Protocol, item: ItemT, info: ProbedVideo, run_seed: int, clip_id: str, frames: list[int], stride: int
+) -> Case:
+    """The case of chosen frames, which are counted at the protocol's rate."""
     prompt, caption_index = choose_caption(protocol, item.id, item.captions)
     condition = 0
     if protocol.condition == "random":
         condition = _dice(protocol.selection_seed, "condition", item.id).randrange(protocol.num_frames)
     return Case(
-        id=check_clip_id(item.id),
+        id=check_clip_id(clip_id),
         video=item.path,
-        frames=indices,
+        frames=[_source_frame(protocol, info, index) for index in frames],
         condition_frame=condition,
-        fps=rate / stride,
+        fps=(protocol.fps or info.fps) / stride,
         frame_stride=stride,
         prompt=prompt,
         caption_index=caption_index,
         label=item.label,
         group=item.group,
-        seed=clip_seed(run_seed, item.id),
+        seed=clip_seed(run_seed, clip_id),
     )
 
 

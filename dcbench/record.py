@@ -49,6 +49,8 @@ class Case(Stored):
     label: str | None = None
     group: str | None = None
     seed: int
+    # a chunk of a video (protocol: chunks = "all"): the video's item in the data set
+    source: str | None = Field(default=None, exclude_if=lambda source: source is None)
     # several clips of one input: the item that they belong to, and which of its clips this is. None: the only one
     item: str | None = Field(default=None, exclude_if=lambda item: item is None)
     sample: NonNegativeInt | None = Field(default=None, exclude_if=lambda sample: sample is None)
@@ -63,8 +65,13 @@ class Case(Stored):
 
     @property
     def item_id(self) -> str:
-        """The id of its item in the data set."""
+        """What it is a clip of: an item of the data set, or a chunk of one."""
         return self.id if self.item is None else self.item
+
+    @property
+    def source_id(self) -> str:
+        """The id of its item in the data set."""
+        return self.source or self.item_id
 
     @property
     def cluster(self) -> str:

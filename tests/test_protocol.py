@@ -18,6 +18,7 @@ class Video:
     captions: tuple[str, ...] = ("one", "two", "three")
     group: str | None = None
     film: bool = False
+    place: int | None = None
 
     @property
     def path(self) -> str:
@@ -86,7 +87,8 @@ def test_the_sampling_seed_is_no_part_of_the_fingerprint_but_every_cause_of_diff
         {"start": "first"}, {"short_videos": "shrink_stride"}, {"condition": "random"}, {"height": 16}, {"width": 16},
         {"resize": "squash"}, {"interpolation": "bicubic"}, {"antialias": False}, {"caption": "random"},
         {"decoder": "pyav"}, {"split": "train"}, {"version": 2}, {"reference_videos": "disjoint"},
-        {"scored_frames": "without_condition"}, {"cuts": "drop"},
+        {"scored_frames": "without_condition"}, {"cuts": "drop"}, {"scored_frames": "between"}, {"condition": "ends"},
+        {"interpolation": "area_linear_light"}, {"chunks": "all", "start": "first"},
     ]  # fmt: skip
     prints = [fingerprint(p := protocol(**change), "d", plan(p, VIDEOS)[0]) for change in changes]
     assert len({print_of, fingerprint(base, "other", manifest), *prints}) == len(changes) + 2
@@ -96,10 +98,92 @@ def test_fingerprints_of_older_protocols_do_not_move():
     """Recorded before `reference_videos`, `scored_frames` and `cuts` were added."""
     base = protocol()
     assert fingerprint(base, "d", plan(base, VIDEOS)[0]) == "fa186a34bbeb46f4"
-    later = {"reference_videos", "scored_frames", "cuts", "samples_per_item", "reference"}
+    later = {"reference_videos", "scored_frames", "cuts", "samples_per_item", "reference", "chunks"}
     assert not later & set(base.model_dump())
-    older = [known for name, known in protocols().items() if not name.startswith("images")]
+    older = [known for name, known in protocols().items() if not name.startswith(("images", "vidim"))]
     assert all(not later & set(known.identity()) for known in older)
+
+
+# --- chunks and ends ---
+
+CHUNKS: dict[str, object] = {"chunks": "all", "start": "first", "num_frames": 9, "frame_stride": 1}
+
+
+def test_all_complete_chunks_in_order_until_there_are_enough():
+    videos = [Video("a", 30), Video("b", 8), Video("c", 18, group="film"), Video("d", 9)]
+    cases, excluded = plan(protocol(**CHUNKS, selection="first", num_clips=5), videos)
+    assert [case.id for case in cases] == ["a-00000", "a-00009", "a-00018", "c-00000", "c-00009"]
+    assert [(entry.id, entry.rule) for entry in excluded] == [("b", "short")]
+    assert [case.frames[0] for case in cases] == [0, 9, 18, 0, 9] and cases[2].frames == list(range(18, 27))
+    assert [case.cluster for case in cases] == ["a", "a", "a", "film", "film"]
+    assert {case.source_id for case in cases} == {"a", "c"} and cases[0].item_id == "a-00000"
+    every, _ = plan(protocol(**CHUNKS, selection="all"), videos)
+    assert len(every) == 6
+    assert [case.id for case in plan(protocol(**CHUNKS, selection="first"), videos, limit=2)[0]] == [
+        "a-00000",
+        "a-00009",
+    ]
+
+
+def test_chunks_keep_the_stride_and_the_rate():
+    cases, _ = plan(protocol(**CHUNKS | {"frame_stride": 2}), [Video("a", 40)])
+    assert [case.frames for case in cases] == [list(range(0, 18, 2)), list(range(18, 36, 2))]
+    assert cases[0].fps == 12.5
+    slow, _ = plan(protocol(**CHUNKS, fps=12.5), [Video("a", 40)])
+    assert [case.frames for case in slow] == [list(range(0, 18, 2)), list(range(18, 36, 2))]
+    assert [case.id for case in slow] == ["a-00000", "a-00018"] and slow[0].fps == 12.5
+
+
+def test_several_clips_of_each_chunk():
+    cases, _ = plan(protocol(**CHUNKS, samples_per_item=2), [Video("a", 18)])
+    assert [case.id for case in cases] == ["a-00000-0", "a-00000-1", "a-00009-0", "a-00009-1"]
+    assert [case.item_id for case in cases] == ["a-00000", "a-00000", "a-00009", "a-00009"]
+    assert {case.source_id for case in cases} == {"a"} and len({case.seed for case in cases}) == 4
+
+
+def test_a_chunk_with_a_cut_or_without_its_frames_is_left_out_alone():
+    def find_cut(item, case):
+        return {0: 5, 9: UserError("damaged")}.get(case.frames[0])
+
+    cases, excluded = plan_clips(protocol(**CHUNKS, cuts="drop"), [Video("a", 27)], lambda o: o, 0, None, find_cut)
+    assert [case.id for case in cases] == ["a-00018"]
+    assert [(entry.id, entry.rule) for entry in excluded] == [("a-00000", "cut"), ("a-00009", "unreadable")]
+
+
+def test_a_published_order_needs_a_place_for_each_video():
+    videos = [Video("a", place=2), Video("b", place=0), Video("c", place=1)]
+    cases, _ = plan(protocol(selection="published", num_clips=2), videos)
+    assert [case.id for case in cases] == ["b", "c"]
+    with pytest.raises(UserError, match='selection = "published", but d has no place'):
+        plan(protocol(selection="published"), [*videos, Video("d")])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"condition": "ends", "num_frames": 1}, '"ends" needs num_frames >= 2, got 1'),
+        ({"condition": "ends", "reference": "none", "fps": 8}, 'needs reference = "clip"'),
+        ({"condition": "ends", "scored_frames": "without_condition"}, 'use "between"'),
+        ({"scored_frames": "between", "num_frames": 2}, '"between" needs num_frames >= 3, got 2'),
+        ({"chunks": "all"}, 'chunks = "all" needs start = "first", got "random"'),
+        (CHUNKS | {"short_videos": "shrink_stride"}, 'needs short_videos = "drop"'),
+        (CHUNKS | {"reference_videos": "disjoint"}, 'needs reference_videos = "paired"'),
+    ],
+)
+def test_choices_that_do_not_fit(changes, message):
+    with pytest.raises(UserError, match=message):
+        validate(protocol().model_dump() | changes, Protocol, "p.toml")
+
+
+def test_the_protocols_of_vidim_bench():
+    davis, ucf = find_protocol("vidim-davis-7"), find_protocol("vidim-ucf101-7")
+    for chosen in (davis, ucf):
+        assert (chosen.num_frames, chosen.frame_stride, chosen.height, chosen.width) == (9, 1, 256, 256)
+        assert (chosen.chunks, chosen.condition, chosen.scored_frames) == ("all", "ends", "all")
+    assert (davis.num_clips, davis.split, davis.resize, davis.interpolation) == (
+        357, "2016", "crop", "area_linear_light",
+    )  # fmt: skip
+    assert (ucf.num_clips, ucf.split, ucf.resize, ucf.interpolation) == (400, "test01", "squash", "bicubic")
 
 
 # --- the clips apart ---

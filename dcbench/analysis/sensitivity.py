@@ -4,6 +4,7 @@ No clip is generated again. Each choice occurs in published code (docs/metrics.m
 The table shows how much FVD and KVD change, and the intervals of the protocol's own values for comparison.
 """
 
+import contextlib
 import copy
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,7 @@ from dcbench.metrics.cache import FeatureCache
 from dcbench.metrics.design import Design
 from dcbench.metrics.distances import kernel_of, score_frechet, score_kernel
 from dcbench.metrics.extractors import I3DExtractor, i3d_extractor
+from dcbench.protocol import Protocol
 from dcbench.record import Case, Failure
 from dcbench.runs import planning
 from dcbench.runs.run import Options, Run
@@ -169,6 +171,13 @@ def through_mp4(run: Run, case: Case) -> Tensor:
         return video.read_clip(path)[0]
 
 
+def _fits(protocol: Protocol, option: str, value: str) -> bool:
+    """Whether the protocol may have another value of a field."""
+    with contextlib.suppress(ValueError):
+        return bool(Protocol.model_validate(protocol.model_dump() | {option: value}))
+    return False
+
+
 # The choices -------------------------------------------------------------------------------------------------------
 
 
@@ -201,7 +210,7 @@ def choices(run: Run, base: I3DExtractor, i3d: Sequence[Path] = ()) -> list[Choi
         other = I3DExtractor(base.mode, path, device)
         same = "the same numbers" if other.weights_sha256 == base.weights_sha256 else "other numbers"
         found.append(Choice(f"i3d-file-{path.name}", f"I3D weights from {path.name} ({same})", *own, other))
-    if sorted(case.item_id for case in run.cases) != sorted(run.items)[: len(run.cases)]:
+    if p.chunks == "one" and sorted(case.item_id for case in run.cases) != sorted(run.items)[: len(run.cases)]:
         what = f"reference: the dataset's first {len(run.cases)} videos, not those of the clips"
         found.append(Choice("reference-first", what, first_videos(run), own_generated, base, True))
     found += [
@@ -212,7 +221,7 @@ def choices(run: Run, base: I3DExtractor, i3d: Sequence[Path] = ()) -> list[Choi
             ("without-condition", "the condition frame left out of both sides", "scored_frames", "without_condition"),
             ("with-condition", "the condition frame kept on both sides", "scored_frames", "all"),
         )
-        if getattr(p, option) != value
+        if getattr(p, option) != value and _fits(p, option, value)
     ]
     other_mode = "squash" if p.resize == "crop" else "crop"
     what = f"reference {'squashed' if other_mode == 'squash' else 'cropped'} to {p.width}x{p.height}, one side only"
@@ -233,7 +242,7 @@ def choices(run: Run, base: I3DExtractor, i3d: Sequence[Path] = ()) -> list[Choi
             True,
         )
     )
-    items = [run.items[case.item_id] for case in run.cases if case.item_id in run.items]
+    items = [run.items[case.source_id] for case in run.cases if case.source_id in run.items]
     if all(isinstance(item.video, video.VideoFile) for item in items):
         for name in ("decord", "pyav") if video.has_decord() else ():
             found.append(

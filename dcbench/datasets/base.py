@@ -24,6 +24,7 @@ class Item:
     split: str
     label: str | None = None  # class name, if the dataset has classes
     group: str | None = None  # source video or recording that several items share (UCF-101: Class_gXX)
+    place: int | None = None  # in an order that others published; for protocols with selection = "published"
     film: bool = False  # only for metrics of sets to compare with; never animated
     truth: Mapping[str, Any] | None = None  # JSON values: what the video shows, for metrics that need it
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dcbench.catalogue import DatasetCard
@@ -42,6 +43,29 @@ class Picture:
             return read_image(self.path)
         except UserError as error:
             raise VideoError(str(error)) from error
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Picture files of one size as the frames of a video, in their order."""
+
+    paths: tuple[Path, ...]
+    fps: float
+
+    def info(self) -> VideoInfo:
+        height, width = self.read([0]).shape[-2:]
+        return VideoInfo(len(self.paths), self.fps, height, width, "pillow")
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        if wrong := [index for index in indices if not 0 <= index < len(self.paths)]:
+            raise VideoError(f"frame {wrong[0]} was asked for, of {len(self.paths)} pictures")
+        files = [self.paths[index] for index in indices]
+        frames = [Picture(file).read([0])[0] for file in files]
+        for file, frame in zip(files, frames, strict=True):
+            if frame.shape != frames[0].shape:
+                (h, w), (height, width) = frame.shape[1:], frames[0].shape[1:]
+                raise VideoError(f"{file} has {w}x{h} pixels, {files[0]} has {width}x{height}")
+        return torch.stack(frames)
 
 
 class Images:

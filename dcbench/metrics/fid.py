@@ -27,7 +27,7 @@ from dcbench.metrics.video_transformers import fill
 from dcbench.record import Score
 from dcbench.weights import fetch, load_tensors, tensors_sha256
 
-Frames = Literal["all", "middle", "first"]
+Frames = Literal["all", "middle", "first", "between"]
 Resize = Literal["clean", "legacy"]
 SIZE, FEATURES = 299, 2048
 RECOMMENDED_CLIPS = 2048
@@ -98,7 +98,10 @@ class FrameExtractor(FeatureExtractor):
 
     def chosen(self, number: int) -> list[int]:
         """The indices of the frames that count, of a clip of `number` frames."""
-        return {"all": list(range(number)), "middle": [number // 2], "first": [0]}[self.frames]
+        if self.frames == "between" and number < 3:
+            raise UserError(f'fid: frames = "between", but a clip of {number} frames has none between its ends')
+        every = list(range(number))
+        return {"all": every, "middle": [number // 2], "first": [0], "between": every[1:-1]}[self.frames]
 
     def prepare(self, frames: Tensor) -> Tensor:
         """uint8 [n 3 h w] -> float32 [n 3 299 299] in [-1, 1)

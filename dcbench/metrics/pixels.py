@@ -6,7 +6,7 @@ sigma 1.5, at the places where the window lies inside the frame.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from dcbench.metrics.base import ClipMetric, HasIdentity, NoNetwork, View
 WINDOW = 11
 HIGHEST = 100.0  # dB, for equal pictures, whose PSNR is infinite
 
+Frames = Literal["all", "middle", "between"]
 Measure = Callable[[Tensor, Tensor], Tensor]  # uint8 [t 3 h w] twice -> float64 [t]
 
 
@@ -84,30 +85,53 @@ class OfFirstFrame(OfImage):
         return {"value": float(self.measure(clip[:1], fitted(view.need("image"), clip)[None])[0])}
 
 
+def known_frames(card: MetricCard) -> Frames:
+    """A card's option `frames`. UserError for another value."""
+    given = card.options.get("frames", "all")
+    if given not in get_args(Frames):
+        raise UserError(f'{card.name}: frames is "{given}"; allowed: {", ".join(get_args(Frames))}')
+    return given  # type: ignore[return-value]
+
+
+def counted(frames: Frames, number: int) -> slice:
+    """Which frames of a clip count: all; the middle one, number // 2; or those between the first and the last.
+
+    UserError for a clip without a frame between its ends.
+    """
+    if frames == "between" and number < 3:
+        raise UserError(f'frames = "between": a clip of {number} frames has none between its first and its last')
+    return {"all": slice(None), "middle": slice(number // 2, number // 2 + 1), "between": slice(1, -1)}[frames]
+
+
+def summary_of(frames: Frames, found: list[float]) -> dict[str, Any]:
+    """The observation of a clip, from the values of the frames that count, at least one."""
+    value = sum(found) / len(found)
+    if frames == "middle":
+        return {"value": value}
+    if frames == "between":
+        return {"value": value, "per_frame": found}
+    later = found[1:] or found
+    return {"value": value, "without_first": sum(later) / len(later), "per_frame": found}
+
+
 class OfReference(ClipMetric):
     """Each frame and the frame of the true clip at the same time.
 
-    The card's option `frames`: "all", or "middle", the one frame at len(clip) // 2. `without_first` in the details is
-    the mean without the first frame, which shows the input image in I2V.
+    The card's option `frames` says which count: see `counted`. With "all", `without_first` in the details is the mean
+    without the first frame, which shows the input image in I2V.
     """
 
     def __init__(self, card: MetricCard, measure: Measure, extractor: HasIdentity) -> None:
         super().__init__(card, extractor)
-        self.measure, self.frames = measure, card.options.get("frames")
-        if self.frames not in ("all", "middle"):
-            raise UserError(f'{card.name}: frames is "{self.frames}"; allowed: all, middle')
+        self.measure, self.frames = measure, known_frames(card)
         _ = self.takes_best  # an unknown value is an error now, and not after the clips are made
 
     def observe(self, view: View) -> dict[str, Any]:
         clip, reference = self.check(view.clip), self.check(view.need("reference"))
         if clip.shape != reference.shape:
             raise UserError(f"{self.card.name}: the clip has {list(clip.shape)}, the reference {list(reference.shape)}")
-        if self.frames == "middle":
-            middle = slice(len(clip) // 2, len(clip) // 2 + 1)
-            return {"value": float(self.measure(clip[middle], reference[middle])[0])}
-        found = self.measure(clip, reference)
-        later = found[1:] if len(found) > 1 else found
-        return {"value": float(found.mean()), "without_first": float(later.mean()), "per_frame": found.tolist()}
+        some = counted(self.frames, len(clip))
+        return summary_of(self.frames, self.measure(clip[some], reference[some]).tolist())
 
 
 MEASURES: dict[str, tuple[Measure, str]] = {

@@ -21,6 +21,7 @@ from dcbench.catalogue import MetricCard
 from dcbench.clips import check_clip, resize, to_float
 from dcbench.errors import UserError, near_match
 from dcbench.metrics.base import ClipMetric, View
+from dcbench.metrics.pixels import Frames, counted, known_frames, summary_of
 from dcbench.weights import PackagedFile, check_finite, load_tensors, tensors_sha256
 
 Net = Literal["alex", "vgg"]
@@ -183,24 +184,23 @@ class StLpipsMetric(ClipMetric):
     extractor_options = ("net",)
     in_workers = True
 
+    def __init__(self, card: MetricCard, extractor: StLpips) -> None:
+        super().__init__(card, extractor)
+        self.frames: Frames = "all" if "image" in card.needs else known_frames(card)
+
     def observe(self, view: View) -> dict[str, Any]:
-        """-> {"value", "without_first": the mean without the first frame, "per_frame"}."""
+        """-> {"value", "without_first": the mean without the first frame, "per_frame"}; see `pixels.summary_of`."""
         clip = self.check(view.clip)
         height, width = clip.shape[-2:]
         if "image" in self.card.needs:
             image = resize(view.need("image")[None], height, width)
-            per_frame = (1 - self.extractor.distances(clip, image)).tolist()
-        else:
-            true = view.need("reference")
-            if len(true) != len(clip):
-                raise UserError(f"{self.card.name}: {len(clip)} frames, and {len(true)} in the reference clip")
-            per_frame = self.extractor.distances(clip, resize(true, height, width)).tolist()
-        later = per_frame[1:] or per_frame
-        return {
-            "value": sum(per_frame) / len(per_frame),
-            "without_first": sum(later) / len(later),
-            "per_frame": per_frame,
-        }
+            return summary_of("all", (1 - self.extractor.distances(clip, image)).tolist())
+        true = view.need("reference")
+        if len(true) != len(clip):
+            raise UserError(f"{self.card.name}: {len(clip)} frames, and {len(true)} in the reference clip")
+        some = counted(self.frames, len(clip))
+        distances = self.extractor.distances(clip[some], resize(true[some], height, width))
+        return summary_of(self.frames, distances.tolist())
 
 
 @cache
@@ -214,5 +214,5 @@ def st_lpips(net: Net = "alex", device: str = "cpu") -> StLpips:
 
 
 def build(card: MetricCard, runtime: Any) -> StLpipsMetric:
-    """Entry point of the cards `st_lpips_image` and `st_lpips`; options: net."""
+    """Entry point of the cards `st_lpips_image` and `st_lpips`; options: net, and of the second frames."""
     return StLpipsMetric(card, st_lpips(card.options.get("net", "alex"), runtime.device))

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from dcbench.catalogue import ModelCard, load_entry_point
+from dcbench.catalogue import ModelCard, cards, load_entry_point
 from dcbench.errors import UserError
 
 
@@ -57,6 +57,33 @@ def check_wanted(card: ModelCard, wanted: Sequence[Wanted]) -> None:
     check: CardCheck | None = getattr(load_entry_point(card), "check_wanted", None)
     if check is not None:
         check(card, wanted)
+
+
+def check_ends(card: ModelCard, has_end: bool, what: str, how: str = "give --end-image or --loop") -> None:
+    """Raise UserError if an end image is given to a model without one, or missing; it names models that fit.
+
+    `what` gives the end image, or does not; `how` is the way to give one. A class of your own may say in its attribute
+    `conditions_on` that it takes one.
+    """
+    can = "end_image" in card.conditions_on
+    if has_end == can or (has_end and card.available and "end_image" in _of_class(card)):
+        return
+    fitting = [
+        other.name
+        for other in cards("models").values()
+        if isinstance(other, ModelCard) and other.available and ("end_image" in other.conditions_on) == has_end
+    ]
+    if has_end:
+        needs = f"{what} needs a model that conditions on an end image, which {card.name} does not"
+    else:
+        needs = f"{card.name} fills in between two pictures: {how}"
+        fitting = [name for name in fitting if name.startswith("dynamicrafter")]
+    raise UserError(f"{needs}. Models that can: {', '.join(fitting)}.")
+
+
+def _of_class(card: ModelCard) -> Iterable[str]:
+    """What the class of a model says that it conditions on; nothing for an entry point that is a function."""
+    return getattr(load_entry_point(card), "conditions_on", ())
 
 
 @dataclass(frozen=True)

@@ -158,6 +158,7 @@ def _settings(run: Result) -> dict[str, Any]:
 def numbers(runs: Sequence[Result], models: Mapping[str, Card] | None = None) -> list[Number]:
     """All numbers of the runs, and the published numbers on the same datasets.
 
+    The `dataset` of a published number may also be the name of a protocol (a benchmark): it is shown beside runs of it.
     `models`: the cards to take published numbers from (default: the catalogue).
     """
     columns, labels = _columns(runs), name_runs(runs)
@@ -165,7 +166,8 @@ def numbers(runs: Sequence[Result], models: Mapping[str, Card] | None = None) ->
     directions = {
         name: card.higher_is_better for name, card in cards("metrics").items() if isinstance(card, MetricCard)
     }
-    datasets = {run.dataset for run in runs}
+    datasets = {str(run.record.plan.protocol["name"]): run.dataset for run in runs}
+    datasets |= {run.dataset: run.dataset for run in runs}
     for card in (models if models is not None else cards("models")).values():
         for entry in card.published if isinstance(card, ModelCard) else ():
             if entry.dataset in datasets:
@@ -174,7 +176,7 @@ def numbers(runs: Sequence[Result], models: Mapping[str, Card] | None = None) ->
                         block=f"published, {entry.protocol}",
                         protocol=entry.protocol,
                         model=card.title,
-                        dataset=entry.dataset,
+                        dataset=datasets[entry.dataset],
                         metric=entry.metric,
                         value=entry.value,
                         higher_is_better=directions.get(entry.metric),

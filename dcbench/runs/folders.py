@@ -75,6 +75,11 @@ def plan_folders(
             f'protocol {protocol.name}: reference_videos = "disjoint" chooses reference videos, but here --reference '
             'names them. Use a protocol with "paired", and put the videos that you want to compare with in that folder'
         )
+    if resolved.chunks == "all":
+        raise UserError(
+            f'protocol {protocol.name}: chunks = "all" makes several clips of a video, but here a file is a clip. Give '
+            "the folder of generated clips as a model: dcbench run --model DIR --dataset NAME"
+        )
     if resolved.cuts == "drop":
         raise UserError(
             f'protocol {protocol.name}: cuts = "drop" replaces reference videos, but here --reference names them. Use '

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from PIL import Image
+from torch import Tensor
 
 from dcbench import video
 from dcbench.catalogue import DatasetCard, find_model
@@ -25,24 +26,29 @@ def write_inputs(
 ) -> int:
     """Write images/<item>.png, inputs.jsonl and manifest.jsonl. Returns the number of clips.
 
-    A line of inputs.jsonl has `clip_id image prompt num_frames fps width height seed`; `image` is relative to the
-    folder. UserError if the folder is not empty, or a video cannot be read.
+    A line of inputs.jsonl has `clip_id image prompt num_frames fps width height seed`, and `end_image` with
+    condition = "ends"; pictures are relative to the folder. UserError if the folder is not empty, or a video cannot be
+    read.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty; choose another: --out DIR")
-    run = planning.plan(find_model("still"), dataset, protocol, data, out, seed, limit, quiet=quiet, write=False)
+    ends = protocol.resolved(dataset.name).condition == "ends"
+    model = find_model("hold" if ends else "still")
+    run = planning.plan(model, dataset, protocol, data, out, seed, limit, quiet=quiet, write=False)
     lines = []
-    images = video.in_order(run.image, run.cases, workers=2)
-    for case, image in zip(run.cases, track(images, len(run.cases), "writing inputs", quiet=quiet), strict=True):
-        if isinstance(image, UserError):
-            raise image
-        name = f"images/{case.item_id}.png"
-        with atomic_write(out / name) as temporary:
-            Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(temporary, "PNG")
+    requests = video.in_order(run.request, run.cases, workers=2)
+    for case, request in zip(run.cases, track(requests, len(run.cases), "writing inputs", quiet=quiet), strict=True):
+        if isinstance(request, UserError):
+            raise request
+        name, end_name = f"images/{case.item_id}.png", f"images/{case.item_id}-end.png"
+        _write_picture(out / name, request.image)
+        if request.end_image is not None:
+            _write_picture(out / end_name, request.end_image)
         lines.append(
             {
                 "clip_id": case.id,
                 "image": name,
+                **({"end_image": end_name} if ends else {}),
                 "prompt": case.prompt,
                 "num_frames": run.protocol.num_frames,
                 "fps": case.fps,
@@ -54,3 +60,9 @@ def write_inputs(
     write_manifest(out / "manifest.jsonl", run.cases)
     write_text(out / "inputs.jsonl", "".join(canonical(line) + "\n" for line in lines))
     return len(lines)
+
+
+def _write_picture(path: Path, image: Tensor) -> None:
+    """uint8 [3 h w] -> a PNG file."""
+    with atomic_write(path) as temporary:
+        Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(temporary, "PNG")

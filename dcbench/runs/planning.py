@@ -14,7 +14,7 @@ from dcbench.errors import UserError, near_match
 from dcbench.facts import validate
 from dcbench.files import canonical, digest, not_a_whole_disk, read_jsonl, write_json, write_text
 from dcbench.metrics.base import View
-from dcbench.models.base import Runtime
+from dcbench.models.base import Runtime, check_ends
 from dcbench.progress import track
 from dcbench.protocol import FindCut, Protocol, add_apart, fingerprint, plan_clips
 from dcbench.ranks import join_ranks, on_first_rank, together
@@ -48,6 +48,9 @@ def plan(
     resolved = protocol.resolved(dataset.name)
     if resolved.reference == "none" and "reference" in model.conditions_on:
         raise UserError(f"{model.name} is given the reference clip, and protocol {resolved.name} has none")
+    if model.conditions_on and "reference" not in model.conditions_on:  # else its clips are made elsewhere, or real
+        ends, how = resolved.condition == "ends", 'take a protocol with condition = "ends", such as vidim-davis-7'
+        check_ends(model, ends, f'protocol {resolved.name} (condition = "ends")', how)
     if data is not None and dataset.needs_files:
         not_a_whole_disk(data.expanduser())
     items = together(lambda: load_items(dataset, find_root(dataset, data), resolved))
@@ -290,7 +293,7 @@ def cut_finder(protocol: Protocol) -> FindCut | None:
 def _check_manifest(cases: list[Case], items: dict[str, Item], protocol: Protocol, path: Path) -> None:
     """Raise UserError if a given manifest does not fit this dataset and this protocol."""
     listed = with_apart(cases)
-    unknown = [case.item_id for case in listed if case.item_id not in items]
+    unknown = [case.source_id for case in listed if case.source_id not in items]
     if unknown:
         raise UserError(
             f"{path}: {len(unknown)} of {len(listed)} clips are not in this dataset's split {protocol.split!r}, "

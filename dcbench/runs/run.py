@@ -67,9 +67,9 @@ class Run:
 
     def item(self, case: Case) -> Item:
         """The data set's item of a case. VideoError if the data set does not have it any more."""
-        if case.item_id not in self.items:
-            raise video.VideoError(f"{case.video or case.item_id} is not in the dataset any more")
-        return self.items[case.item_id]
+        if case.source_id not in self.items:
+            raise video.VideoError(f"{case.video or case.source_id} is not in the dataset any more")
+        return self.items[case.source_id]
 
     def has_reference(self, case: Case) -> bool:
         """False for a clip of a folder without a reference video, and for an input that is a picture."""
@@ -92,8 +92,13 @@ class Run:
         """The input image, uint8 [3 height width], with the protocol's size."""
         return self.reference(case, [case.frames[case.condition_frame]])[0][0]
 
+    def end_image(self, case: Case) -> Tensor:
+        """The last frame of the reference clip, uint8 [3 height width], with the protocol's size."""
+        return self.reference(case, case.frames[-1:])[0][0]
+
     def request(self, case: Case, with_reference: bool = False) -> Request:
-        """The request to the model for this case."""
+        """The request to the model for this case. It has an end image if the protocol's condition is "ends"."""
+        has_end = self.protocol.condition == "ends"
         return Request(
             clip_id=case.id,
             image=self.image(case),
@@ -102,6 +107,7 @@ class Run:
             fps=case.fps,
             frame_stride=case.frame_stride,
             seed=case.seed,
+            end_image=self.end_image(case) if has_end else None,
             reference=self.reference(case)[0] if with_reference else None,
         )
 

@@ -157,7 +157,7 @@ def _read(run: Run, case: Case, seen: Seen, generated: bool, siblings: Sequence[
     if image is not None and made is not None and suspect.is_made_elsewhere(run):
         likeness = suspect.likeness(case, made, image)
         seen.likenesses |= {} if likeness is None else {case.id: likeness}
-    item = run.items.get(case.item_id)
+    item = run.items.get(case.source_id)
     others = _readable(run, siblings)
     return Prepared(case, image, reference, made, others, item.truth if item else None, seen, run.protocol)
 
@@ -219,6 +219,8 @@ def _views(metric: Metric, of: Prepared) -> Iterator[tuple[Prepared, View, dict[
             continue
         if is_set and of.protocol.scored_frames == "without_condition":
             clip = torch.cat([clip[: side.case.condition_frame], clip[side.case.condition_frame + 1 :]])
+        elif is_set and of.protocol.scored_frames == "between":
+            clip = clip[1:-1].contiguous()
         view = _view(metric, clip, side)
         if lack := metric.lacks(view):
             of.seen.lacking.setdefault(metric.observation_key, {})[of.case.id] = lack

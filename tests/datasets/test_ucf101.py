@@ -1,12 +1,13 @@
 """UCF-101: folders, lists with CR LF, the class spelt two ways, prompts."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
 
 from dcbench.catalogue import find_dataset, load_entry_point
 from dcbench.datasets.base import find_root
-from dcbench.datasets.ucf101 import SENTENCES, UCF101, class_prompt
+from dcbench.datasets.ucf101 import SENTENCES, UCF101, class_prompt, tfds_order
 from dcbench.errors import UserError
 from dcbench.protocol import find_protocol, ordered
 from dcbench.video import VideoError
@@ -189,3 +190,28 @@ def test_trap_01_a_choice_is_not_the_first_in_sorted_order(tmp_path):
     touch(tmp_path / "UCF-101", "C99/v_C99_g01_c01.avi")
     again = [item.id for item in ordered(UCF101(tmp_path).items("all"), find_protocol("dynamicrafter-paper"))]
     assert [name for name in again if "C99" not in name] == [item.id for item in random]
+
+
+@pytest.mark.parametrize(
+    ("videos", "files", "digest", "first", "later"),
+    [
+        (3783, 16, "e39becf1568ed705", "v_Class060_g04_c01", "v_Class033_g04_c02"),
+        (3783, 32, "1acfda0e7b6017ca", "v_Class060_g04_c01", "v_Class006_g06_c03"),
+        (700, 32, "ef441b9f5a57821d", "v_Class013_g01_c02", "v_Class013_g07_c03"),
+        (1536, 32, "99aeaf38c9633651", "v_Class030_g02_c05", "v_Class018_g02_c04"),
+        (150, 20, "65add89c2b97cb3d", "v_Class003_g04_c04", "v_Class001_g01_c06"),
+    ],
+)
+def test_the_order_of_tensorflow_datasets(videos, files, digest, first, later):
+    """Recorded from tensorflow-datasets 4.9.10: a split `test` with these keys, written to so many files and read."""
+    ids = [f"v_Class{k // 38:03d}_g{k % 38 // 6 + 1:02d}_c{k % 6 + 1:02d}" for k in range(videos)]
+    order = tfds_order(ids[::-1], "test", files)
+    assert (order[0], order[16]) == (first, later)
+    assert hashlib.sha256("\n".join(order).encode()).hexdigest()[:16] == digest
+
+
+def test_videos_of_the_first_test_split_have_a_place_in_that_order(root):
+    places = {item.id: item.place for item in UCF101(root).items("test01")}
+    # md5 of "testv_HandstandPushups_g01_c01.avi", as the package spells it: 46ea...; of the other one: c97a...
+    assert places == {"v_HandStandPushups_g01_c01": 0, "v_PlayingGuitar_g01_c01": 1}
+    assert {item.place for item in UCF101(root).items("all")} == {None}

@@ -6,6 +6,7 @@ tests/data/inception.json holds torch-fidelity 0.4.0's features for weights draw
 import json
 import zlib
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from dcbench.metrics.design import Design
 from dcbench.metrics.fid import (
     FrameDistance,
     FrameExtractor,
+    Frames,
     build_fid,
     build_inception,
     frame_extractor,
@@ -110,10 +112,12 @@ class Planes(nn.Module):
 
 def test_the_frames_that_count() -> None:
     clip = (torch.arange(5) * 20).to(torch.uint8).view(1, 5, 1, 1, 1).expand(1, 5, 3, 8, 8)
-    found = {
-        frames: FrameExtractor(Planes(), frames)(clip)[0, :, 0] * 128 + 128 for frames in ("all", "middle", "first")
-    }  # type: ignore[arg-type]
-    assert [[round(float(value)) for value in rows] for rows in found.values()] == [[0, 20, 40, 60, 80], [40], [0]]
+    found = {frames: FrameExtractor(Planes(), frames)(clip)[0, :, 0] * 128 + 128 for frames in get_args(Frames)}  # type: ignore[arg-type]
+    assert [[round(float(value)) for value in rows] for rows in found.values()] == [
+        [0, 20, 40, 60, 80], [40], [0], [20, 40, 60],
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="a clip of 2 frames has none between its ends"):
+        FrameExtractor(Planes(), "between")(clip[:, :2])
     many = torch.randint(0, 256, (1, 40, 3, 8, 8), dtype=torch.uint8)
     assert FrameExtractor(Planes())(many).shape == (1, 40, 3)  # in several batches
 

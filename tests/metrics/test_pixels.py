@@ -92,6 +92,19 @@ def test_all_frames_the_middle_one_and_the_curve() -> None:
     assert one["without_first"] == one["value"] == 1
 
 
+def test_the_frames_between_both_ends() -> None:
+    clip, reference = smooth(9), smooth(9, seed=3)
+    row = metric("psnr").observe(View(clip, reference=reference))
+    between = metric("psnr(frames=between)").observe(View(clip, reference=reference))
+    assert between["per_frame"] == row["per_frame"][1:-1] and len(between["per_frame"]) == 7
+    assert between["value"] == pytest.approx(np.mean(row["per_frame"][1:-1])) and "without_first" not in between
+    assert metric("psnr_middle").observe(View(clip, reference=reference))["value"] == row["per_frame"][4]
+    clip[[0, -1]] = 0  # the ends do not count
+    assert metric("psnr(frames=between)").observe(View(clip, reference=reference)) == between
+    with pytest.raises(UserError, match="a clip of 2 frames has none between"):
+        metric("ssim(frames=between)").observe(View(clip[:2], reference=reference[:2]))
+
+
 def test_the_first_frame_alone() -> None:
     clip, image = smooth(), smooth(seed=4)[0]
     clip[0] = image
@@ -131,7 +144,7 @@ def test_what_it_refuses() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("psnr(frames=last)", 'frames is "last"; allowed: all, middle'),
+        ("psnr(frames=last)", 'frames is "last"; allowed: all, middle, between'),
         ("psnr(over_samples=worst)", 'over_samples is "worst"; allowed: mean, best'),
         ("psnr(measure=ssimm)", 'measure is "ssimm"'),
         ("psnr(frame=all)", 'no such key. Did you mean "options.frames"'),

@@ -14,7 +14,7 @@ from dcbench.errors import UserError
 from dcbench.models.base import ImageToVideo, Request, Runtime, check_generated
 from dcbench.models.diffusion import make_schedule
 from dcbench.models.dynamicrafter.networks import Networks
-from dcbench.models.dynamicrafter.pipeline import DynamiCrafter, ModelOptions, Sampling
+from dcbench.models.dynamicrafter.pipeline import DynamiCrafter, ModelOptions, Sampling, spread
 
 RequestOf = Callable[..., Request]
 
@@ -141,6 +141,12 @@ def test_both_ends_of_an_interpolating_model(card: ModelCard, networks: Networks
     concat = model.concat_latents(images, model.draws([1]).posterior, images + 1)
     assert concat[:, :, 1:3].abs().max() == 0 and concat[:, :, 0].abs().max() > 0
     assert not torch.equal(concat[:, :, 0], concat[:, :, -1])
+    both = request_of(end_image=request_of(1).image)
+    whole, (fewer,) = clips[0], model.generate([dataclasses.replace(both, num_frames=3)])
+    assert torch.equal(fewer, whole[[0, 2, 3]])  # of 4 frames: the ends, and the one nearest to the middle
+    assert (
+        spread(9, 16) == [0, 2, 4, 6, 8, 9, 11, 13, 15] and spread(16, 16) == list(range(16)) and spread(1, 16) == [0]
+    )
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (7, 300), (301, 203), (16, 16)])

@@ -132,6 +132,16 @@ def test_the_condition_frame_is_left_out_of_both_sides_for_set_metrics_alone(tmp
     assert {len(view.clip) for view in clips.views} == {16}
 
 
+def test_neither_end_is_seen_by_set_metrics(tmp_path):
+    run = make_run(tmp_path / "run", scored_frames="between")
+    sets, clips = SetSpy(), ClipSpy()
+    scoring.observe_all(run, [sets, clips], QUIET, None)
+    assert same([view.clip for view in sets.views[::2]], [run.generated(case)[1:-1] for case in run.cases])
+    assert same([view.clip for view in sets.views[1::2]], [run.reference(case)[0][1:-1] for case in run.cases])
+    assert {len(view.clip) for view in clips.views} == {16}
+    assert run.protocol.compared == "without the first and last frame"
+
+
 def test_the_cache_never_gives_the_features_of_other_pixels(tmp_path):
     """One cache for all ways to compare: the values are those without a cache, also when they are read again."""
     for reference_videos in ("paired", "disjoint"):

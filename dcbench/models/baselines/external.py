@@ -86,10 +86,15 @@ class External:
             self._remove(request.clip_id)
             image = images / f"{request.clip_id}.png"
             Image.fromarray(request.image.permute(1, 2, 0).contiguous().numpy()).save(image)
+            ends = {}
+            if request.end_image is not None:
+                ends = {"end_image": str(images / f"{request.clip_id}-end.png")}
+                Image.fromarray(request.end_image.permute(1, 2, 0).contiguous().numpy()).save(ends["end_image"])
             lines.append(
                 {
                     "clip_id": request.clip_id,
                     "image": str(image),
+                    **ends,
                     "prompt": request.prompt,
                     "num_frames": request.num_frames,
                     "fps": request.fps,

@@ -49,6 +49,31 @@ def zoom(card: ModelCard, runtime: Runtime) -> PerRequest:
     return PerRequest(card, make)
 
 
+def hold(card: ModelCard, runtime: Runtime) -> PerRequest:
+    """Every frame is the first image; the last one is the end image, where one is given."""
+
+    def make(request: Request) -> Tensor:
+        clip = request.image.expand(request.num_frames, -1, -1, -1).clone()
+        if request.end_image is not None:
+            clip[-1] = request.end_image
+        return clip
+
+    return PerRequest(card, make)
+
+
+def blend(card: ModelCard, runtime: Runtime) -> PerRequest:
+    """Frame k of t is (1 - w) * first image + w * end image, w = k / (t - 1), rounded to grey levels."""
+
+    def make(request: Request) -> Tensor:
+        if request.end_image is None:
+            raise UserError(f"clip {request.clip_id}: blend mixes two images and needs an end image; hold needs none")
+        weight = torch.linspace(0, 1, request.num_frames, dtype=torch.float64)[:, None, None, None]
+        mixed = torch.lerp(request.image.double(), request.end_image.double(), weight)
+        return mixed.round().to(torch.uint8)
+
+    return PerRequest(card, make)
+
+
 def noise(card: ModelCard, runtime: Runtime) -> PerRequest:
     """Independent uniform noise in every pixel."""
 

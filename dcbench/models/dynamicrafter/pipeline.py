@@ -107,6 +107,11 @@ def check_frames(cfg: Config, name: str, clip_id: str, num_frames: int) -> None:
         raise UserError(f"clip {clip_id}: {num_frames} frames were asked for; {name} makes up to {cfg.num_frames}")
 
 
+def spread(number: int, of: int) -> list[int]:
+    """`number` indices of `of` frames, the first and the last one and those nearest to equal distances between."""
+    return [math.floor(k * (of - 1) / max(1, number - 1) + 0.5) for k in range(number)]
+
+
 @dataclass(frozen=True)
 class Draws:
     """Every random draw of a batch: posterior [b, k, c, h, w], k = 1 or (with an end image) 2; latents
@@ -255,7 +260,11 @@ class DynamiCrafter:
     # ---- requests
 
     def generate(self, requests: Sequence[Request]) -> list[Tensor]:
-        """Clips uint8 [t, 3, H, W] at the model's size; a request for fewer frames gets the first ones."""
+        """Clips uint8 [t, 3, H, W] at the model's size.
+
+        A request for fewer frames than the model makes gets the first ones; from a model with both ends, it gets frames
+        that are spread from the first to the last one (see `spread`).
+        """
         if not requests:
             return []
         size = (self.cfg.height, self.cfg.width)
@@ -282,7 +291,8 @@ class DynamiCrafter:
             raise UserError(
                 f"{self.card.name} made NaN or infinity; try dtype float32 in place of {self.runtime.dtype}"
             )
-        return [clip[: request.num_frames] for clip, request in zip(made, requests, strict=True)]
+        shown = spread if self.cfg.interpolates else lambda number, _: list(range(number))
+        return [clip[shown(request.num_frames, len(clip))] for clip, request in zip(made, requests, strict=True)]
 
     def with_motion(self, request: Request, motion: int | None) -> Request:
         """The request with this frame stride or fps, whichever the model takes; see `TakesMotion`."""
