@@ -15,6 +15,7 @@ from typing import Protocol as Interface
 
 from pydantic import Field, model_validator
 
+from dcbench.catalogue import ClipShape
 from dcbench.errors import UserError
 from dcbench.facts import Facts, find_toml, read_facts, validate
 from dcbench.files import digest
@@ -45,6 +46,9 @@ class Protocol(Facts):
     num_frames: int = Field(ge=1)
     frame_stride: int = Field(ge=1)
     fps: float | None = _later(None, gt=0, le=1000)  # videos are read at this rate, by time; None: each at its own
+    # model: as many frames as the model makes, at its own rate; above are those of models that make any number
+    frames: Literal["protocol", "model"] = _later("protocol")
+    seconds: float | None = _later(None, gt=0)  # with frames = "model": only so much of each clip counts
     start: Literal["random", "first", "middle"] = "random"
     short_videos: Literal["drop", "shrink_stride"] = "drop"
     cuts: Literal["keep", "drop"] = _later("keep")  # drop: a video whose clip has a cut inside is replaced
@@ -53,16 +57,19 @@ class Protocol(Facts):
     # which pixels
     height: int = Field(ge=1)
     width: int = Field(ge=1)
+    size: Literal["protocol", "model"] = _later("protocol")  # model: its own; above is that of models of any size
     resize: Literal["crop", "squash"] = "crop"
     interpolation: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
     antialias: bool = True
     # which text
     caption: Literal["first", "random", "none"] = "first"
     samples_per_item: int = _later(1, ge=1, le=1000)  # clips of each input, with seeds of their own
-    # what the clips are compared with. "none": the data set has pictures, or its films are not used
-    reference: Literal["clip", "none"] = _later("clip")
+    # what the clips are compared with. "none": the data set has pictures, or its films are not used. "takes": the
+    # item is a picture, and its data set has two recordings of what happened next
+    reference: Literal["clip", "none", "takes"] = _later("clip")
     reference_videos: Literal["paired", "disjoint"] = _later("paired")  # disjoint: videos that are not animated
     scored_frames: Literal["all", "without_condition"] = _later("all")  # of both sides
+    metrics: tuple[str, ...] = _later(())  # of a run that names none; (): the default ones
     dataset_options: dict[str, Any] = {}
     # values for single datasets: any field above
     datasets: dict[str, dict[str, Any]] = {}
@@ -71,11 +78,20 @@ class Protocol(Facts):
     def _frames_are_enough(self) -> "Protocol":
         if self.scored_frames == "without_condition" and self.num_frames == 1:
             raise ValueError('scored_frames = "without_condition" needs num_frames >= 2, got 1')
-        if self.reference == "none" and self.fps is None:
-            raise ValueError('reference = "none" needs fps: a picture has no frame rate of its own')
+        if self.of_pictures and self.fps is None:
+            raise ValueError(f'reference = "{self.reference}" needs fps: a picture has no frame rate of its own')
+        if self.frames == "model" and self.fps is None:
+            raise ValueError('frames = "model" needs fps, for models that make clips of any rate')
+        if self.seconds is not None and self.frames != "model":
+            raise ValueError('seconds needs frames = "model"')
         if self.cuts == "drop" and self.num_frames == 1:
             raise ValueError('cuts = "drop" needs num_frames >= 2, got 1')
         return self
+
+    @property
+    def of_pictures(self) -> bool:
+        """Whether an item is a picture: its only source frame is the input image."""
+        return self.reference != "clip"
 
     @property
     def span(self) -> int:
@@ -88,6 +104,27 @@ class Protocol(Facts):
         data = self.model_dump() | own | {"datasets": {}}
         return validate(data, Protocol, f"protocol {self.name} for {dataset}")
 
+    def for_model(self, name: str, shape: ClipShape) -> "Protocol":
+        """The protocol with the length, rate and size of a model's clips, where it leaves these to the model.
+
+        UserError if the model makes fewer seconds than the protocol scores.
+        """
+        changed: dict[str, Any] = {}
+        if self.size == "model" and shape.height and shape.width:
+            changed |= {"height": shape.height, "width": shape.width}
+        if self.frames == "model":
+            fps = shape.fps or self.fps
+            assert fps is not None  # see _frames_are_enough
+            count = round(self.seconds * fps) if self.seconds else shape.frames or self.num_frames
+            if self.seconds and shape.frames and shape.frames < count:
+                raise UserError(
+                    f"{name} makes {shape.frames} frames at {fps:g} fps, which is {shape.frames / fps:.2f} seconds; "
+                    f"protocol {self.name} scores the first {self.seconds:g} seconds of each clip. If the model can "
+                    f"make more, ask for them: --set clip.frames={count}. Or give a folder of longer clips: --model DIR"
+                )
+            changed |= {"num_frames": count, "fps": fps}
+        return self.model_copy(update=changed)
+
     def with_samples(self, count: int) -> "Protocol":
         """The protocol with so many clips of each input, on every dataset."""
         own = {name: {**values, "samples_per_item": count} for name, values in self.datasets.items()}
@@ -99,13 +136,17 @@ class Protocol(Facts):
         """What is scored, in words. "" for the usual: one clip an input, every frame, with the animated videos."""
         samples = f"{self.samples_per_item} clips of each input" if self.samples_per_item > 1 else ""
         alone = "without reference clips" if self.reference == "none" and self.reference_videos == "paired" else ""
+        alone = "with two takes of the real event" if self.reference == "takes" else alone
         videos = "with videos that are not animated" if self.reference_videos == "disjoint" else ""
         frames = "without the condition frame" if self.scored_frames == "without_condition" else ""
         return ", ".join(filter(None, (samples, alone, videos, frames)))
 
     def identity(self) -> dict[str, Any]:
-        """The fields that the fingerprint covers: all but title, summary and datasets."""
-        return self.model_dump(mode="json", exclude={"title", "summary", "datasets"})
+        """The fields that the fingerprint covers: those that decide clips and pixels, but not what a model decides."""
+        left_out = {"title", "summary", "datasets", "metrics"}
+        left_out |= {"num_frames", "fps"} if self.frames == "model" else set()
+        left_out |= {"height", "width"} if self.size == "model" else set()
+        return self.model_dump(mode="json", exclude=left_out)
 
 
 class ProbedVideo(Interface):
@@ -332,7 +373,7 @@ def _usable(
 
 def make_case(protocol: Protocol, item: ItemT, info: ProbedVideo, run_seed: int) -> Case | None:
     """The case of one video, or of one picture. None if the video is too short."""
-    if protocol.reference == "none":
+    if protocol.of_pictures:
         protocol = protocol.model_copy(update={"num_frames": 1})  # of the source: the input image alone
     rate = protocol.fps or info.fps
     step = info.fps / rate  # source frames from one frame to the next at this rate
@@ -366,5 +407,6 @@ def fingerprint(protocol: Protocol, dataset: str, cases: Sequence[Case]) -> str:
 
     Two numbers may be compared when their fingerprints are equal.
     """
-    clips = [case.model_dump(mode="json", exclude={"seed": True, "apart": {"seed"}}) for case in cases]
+    left_out: Any = {"seed": True, "apart": {"seed"}} | ({"fps": True} if protocol.frames == "model" else {})
+    clips = [case.model_dump(mode="json", exclude=left_out) for case in cases]
     return digest({"protocol": protocol.identity(), "dataset": dataset, "clips": clips})

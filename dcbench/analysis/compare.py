@@ -86,7 +86,7 @@ def _paired(values: Sequence[Sequence[float]], cases: Sequence[Case], score: Sco
 
 def _has(rows: Sequence[Mapping[str, dict]], case_id: str, name: str, failed: set[str]) -> bool:
     """Whether both runs have a value of this metric for this clip."""
-    return case_id not in failed and all(name in table.get(case_id, {}) for table in rows)
+    return case_id not in failed and all("value" in table.get(case_id, {}).get(name, {}) for table in rows)
 
 
 def _not_comparable(scores: Sequence[Score | None], paths: Sequence[Path]) -> str:

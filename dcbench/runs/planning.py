@@ -14,7 +14,7 @@ from dcbench.errors import UserError, near_match
 from dcbench.facts import validate
 from dcbench.files import canonical, digest, not_a_whole_disk, read_jsonl, write_json, write_text
 from dcbench.metrics.base import View
-from dcbench.models.base import Runtime
+from dcbench.models.base import Runtime, clip_shape
 from dcbench.progress import track
 from dcbench.protocol import FindCut, Protocol, add_apart, fingerprint, plan_clips
 from dcbench.ranks import join_ranks, on_first_rank, together
@@ -45,7 +45,7 @@ def plan(
     join_ranks()
     if limit is not None and limit < 1:
         raise UserError(f"--limit {limit}: it must be at least 1")
-    resolved = protocol.resolved(dataset.name)
+    resolved = _of_model(protocol.resolved(dataset.name), model)
     if resolved.reference == "none" and "reference" in model.conditions_on:
         raise UserError(f"{model.name} is given the reference clip, and protocol {resolved.name} has none")
     if data is not None and dataset.needs_files:
@@ -83,6 +83,13 @@ def plan(
 
     made, cases = on_first_rank(make)
     return Run(directory, made, cases, resolved, items, model)
+
+
+def _of_model(protocol: Protocol, model: ModelCard) -> Protocol:
+    """The protocol with what it leaves to the model. UserError if the model's clips do not fit it."""
+    if "model" not in (protocol.frames, protocol.size):
+        return protocol
+    return protocol.for_model(model.name, clip_shape(model, protocol.seconds))
 
 
 def request_of(
@@ -296,7 +303,7 @@ def _check_manifest(cases: list[Case], items: dict[str, Item], protocol: Protoco
             f"{path}: {len(unknown)} of {len(listed)} clips are not in this dataset's split {protocol.split!r}, "
             f"for example {unknown[0]!r}; the split has ids such as {next(iter(items), 'nothing: it is empty')!r}"
         )
-    number = 1 if protocol.reference == "none" else protocol.num_frames
+    number = 1 if protocol.of_pictures else protocol.num_frames
     wrong = [case.id for case in cases if len(case.frames) != number]
     if wrong:
         raise UserError(f"{path}: clip {wrong[0]} does not have the protocol's {number} frames")

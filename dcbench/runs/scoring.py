@@ -36,6 +36,7 @@ from dcbench.runs import suspect
 from dcbench.runs.directory import RunDirectory
 from dcbench.runs.run import Options, Run
 from dcbench.runs.sampling import raise_lost
+from dcbench.takes import Takes
 
 PREFETCH = 3  # cases decoded ahead
 
@@ -191,6 +192,7 @@ class Prepared:
     truth: Mapping[str, Any] | None
     seen: Seen
     protocol: Protocol
+    takes: Takes | None = None  # of the real event, unread
     apart: "Prepared | None" = None  # of the case apart
 
 
@@ -256,7 +258,8 @@ def _read(run: Run, case: Case, seen: Seen, generated: bool, siblings: Sequence[
         seen.likenesses |= {} if likeness is None else {case.id: likeness}
     item = run.items.get(case.item_id)
     others = _readable(run, siblings)
-    return Prepared(case, image, reference, made, others, item.truth if item else None, seen, run.protocol)
+    truth, takes = (item.truth, item.takes) if item else (None, None)
+    return Prepared(case, image, reference, made, others, truth, seen, run.protocol, takes)
 
 
 def _readable(run: Run, cases: Sequence[Case]) -> list[Tensor] | None:
@@ -330,6 +333,7 @@ def _view(metric: Metric, clip: Tensor, of: Prepared) -> View:
         "fps": of.case.fps,
         "siblings": of.siblings if clip is of.generated else None,
         "truth": of.truth,
+        "takes": of.takes,
     }
     return View(clip, **{name: known[name] for name in metric.card.needs})
 
@@ -364,6 +368,8 @@ def _key(metric: Metric, view: View, of: Prepared) -> str:
         needed["reference"] = hashes[0]
     if "image" in needed:
         needed["image"] = pixels_sha256(needed["image"])
+    if "takes" in needed:
+        needed["takes"] = needed["takes"].sha256
     if "siblings" in needed:
         needed["siblings"] = [pixels_sha256(clip) for clip in needed["siblings"]]
     if isinstance(metric, SetMetric):
@@ -439,7 +445,8 @@ def score(run: Run, options: Options, metrics: Sequence[str] | None = None, stri
     start = time.perf_counter()
     with held_by_first_rank(run.directory.locked):
         on_first_rank(lambda: _check_clips(run))
-        built = together(lambda: build_metrics(choose_metrics(metrics), options.runtime(), bool(metrics) and strict))
+        chosen = choose_metrics(metrics or run.protocol.metrics)
+        built = together(lambda: build_metrics(chosen, options.runtime(), bool(metrics) and strict))
         seen = observe_all(run, list(built.built.values()), options, FeatureCache())
         seconds = time.perf_counter() - start
         result = on_first_rank(lambda: _finish(run, options, built, seen, seconds))
