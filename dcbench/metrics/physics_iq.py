@@ -81,7 +81,7 @@ def compare(one: Motion, other: Motion) -> dict[str, Any]:
     union = float(np.maximum(*shares).sum())
     return {
         "spatiotemporal_iou": float(np.mean(ious)),
-        "spatial_iou": _iou(one.masks.any(0), other.masks.any(0)),
+        "spatial_iou": _iou(one.masks.max(0), other.masks.max(0)),
         "weighted_iou": float(np.minimum(*shares).sum()) / union if union else 1.0,
         "mse": float(np.mean(errors)),
         "per_frame": {"spatiotemporal_iou": ious, "mse": errors},

@@ -60,32 +60,37 @@ def test_the_suite_has_the_official_layout(suite: Path):
 
 @pytest.mark.parametrize("name", sorted(OFFICIAL["scores"]))
 def test_scores_are_those_of_the_official_code(suite: Path, tmp_path: Path, name: str):
-    """Its masks go through a compressed video, so single measures differ by up to 0.002."""
+    """It rounds each frame's value to four decimals. As it is, its masks go through a compressed video: at this size,
+    with thin edges, that moves the score by up to 0.6."""
     kind, fps = name.split("-")
     write_clips(tmp_path / "clips", kind, int(fps), HEIGHT)
     record = finish(str(tmp_path / "clips"), suite, tmp_path / "run")
     expected = OFFICIAL["scores"][name]
     score = record.scores["physics_iq"]
     assert record.n_scored == 9 and score.n_groups == 3 and score.ci95 is not None
-    assert score.value == pytest.approx(expected["score"], abs=0.05)
+    assert score.value == pytest.approx(expected["score"], abs=0.02)
+    assert score.value == pytest.approx(OFFICIAL["compressed"][name], abs=0.7)
     for part in ("spatiotemporal_iou", "spatial_iou", "weighted_iou", "mse"):
         found = record.scores[f"physics_iq_{part}"]
-        assert found.value == pytest.approx(expected[part], abs=0.002)
-        assert found.details["variance"] == pytest.approx(expected[f"{part}_variance"], abs=0.002)
+        assert found.value == pytest.approx(expected[part], abs=1e-5)
+        assert found.details["variance"] == pytest.approx(expected[f"{part}_variance"], abs=1e-5)
 
 
 def test_the_second_take_scores_100_and_rates_share_a_fingerprint(suite: Path, tmp_path: Path):
     real = finish("real", suite, tmp_path / "real")
     assert real.scores["physics_iq"].value == 100
     slow = finish("still", suite, tmp_path / "still")
-    fast = finish("still", suite, tmp_path / "fast", fps=10, num_frames=50)
-    assert slow.scores["physics_iq"].value < 60
-    assert real.plan.fingerprint == slow.plan.fingerprint == fast.plan.fingerprint
+    value = slow.scores["physics_iq"].value
+    assert value is not None and 0 < value < 60
+    fast = find_protocol("physics-iq").model_copy(update={"fps": 10, "num_frames": 50})
+    planned = planning.plan(find_model("still"), find_dataset("physics-iq"), fast, suite, tmp_path / "10", quiet=True)
+    assert {case.fps for case in planned.cases} == {10}
+    assert real.plan.fingerprint == slow.plan.fingerprint == planned.plan.fingerprint
     assert set(real.scores) == set(find_protocol("physics-iq").metrics)
     assert "value" not in read_per_clip(tmp_path / "real")["0001"]["physics_iq"]
     compared = compare_runs(tmp_path / "real", tmp_path / "still", QUIET)
     assert set(compared.found) == set(real.scores)
-    assert compared.found["physics_iq"].difference == pytest.approx(100 - slow.scores["physics_iq"].value)
+    assert compared.found["physics_iq"].difference == pytest.approx(100 - value)
 
 
 def test_part_of_the_suite_says_how_many_clips(suite: Path, tmp_path: Path):
