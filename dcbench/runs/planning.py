@@ -60,7 +60,7 @@ def plan(
         if begun:
             return begun
         if manifest:
-            cases, excluded = _first_items(record.read_manifest(manifest), limit), []
+            cases, excluded = _first_items(_given_cases(manifest, resolved), limit), []
             _check_manifest(cases, items, resolved, manifest)
         else:
             wanted = min(resolved.num_clips, len(items), limit or len(items))
@@ -82,6 +82,7 @@ def plan(
         return made, cases
 
     made, cases = on_first_rank(make)
+    _check_shape(directory, made, resolved)
     return Run(directory, made, cases, resolved, items, model)
 
 
@@ -90,6 +91,24 @@ def _of_model(protocol: Protocol, model: ModelCard) -> Protocol:
     if "model" not in (protocol.frames, protocol.size):
         return protocol
     return protocol.for_model(model.name, clip_shape(model, protocol.seconds))
+
+
+def _given_cases(manifest: Path, protocol: Protocol) -> list[Case]:
+    """The cases of a manifest; with frames = "model", at this model's rate: another model may have written it."""
+    cases = record.read_manifest(manifest)
+    if protocol.frames == "protocol":
+        return cases
+    return [case.model_copy(update={"fps": protocol.fps}) for case in cases]
+
+
+def _check_shape(directory: RunDirectory, made: Plan, protocol: Protocol) -> None:
+    """Raise UserError if a run is continued with clips of another length, rate or size than it began with."""
+    for name, value in protocol.model_dump(mode="json", include={"num_frames", "fps", "height", "width"}).items():
+        if made.protocol.get(name) != value:
+            raise UserError(
+                f"{directory.path} was begun with {name} = {made.protocol.get(name)}, and the model's clips now have "
+                f"{value}. Put the old clips back, or start another run: --out DIR"
+            )
 
 
 def request_of(

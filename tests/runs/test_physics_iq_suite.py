@@ -137,6 +137,18 @@ def test_clips_that_do_not_fit_are_named(suite: Path, tmp_path: Path):
     assert "0001_still.mp4 has 8 frames per second and 0004_still.mp4 has 10" in message
 
 
+def test_a_run_goes_on_with_the_clips_that_it_began_with(suite: Path, tmp_path: Path):
+    write_clips(tmp_path / "clips", "still", 8, HEIGHT)
+    card, protocol, data = find_model(str(tmp_path / "clips")), find_protocol("physics-iq"), find_dataset("physics-iq")
+    first = planning.plan(card, data, protocol, suite, tmp_path / "run", quiet=True)
+    write_clips(tmp_path / "clips", "still", 10, HEIGHT)
+    with pytest.raises(UserError, match="was begun with fps = 8.0, and the model's clips now have 10"):
+        planning.plan(card, data, protocol, suite, tmp_path / "run", quiet=True)
+    manifest = first.directory.manifest  # of another rate: its inputs are used, at the rate of these clips
+    again = planning.plan(card, data, protocol, suite, tmp_path / "again", manifest=manifest, quiet=True)
+    assert {case.fps for case in again.cases} == {10} and again.plan.fingerprint == first.plan.fingerprint
+
+
 def test_a_model_that_makes_less_than_five_seconds_is_told(suite: Path, tmp_path: Path):
     with pytest.raises(UserError, match=r"makes 16 frames at 8 fps, which is 2\.00 seconds; .* first 5 seconds"):
         finish("dynamicrafter-tiny", suite, tmp_path / "run")
