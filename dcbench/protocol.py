@@ -16,7 +16,7 @@ from typing import Protocol as Interface
 
 from pydantic import Field, model_validator
 
-from dcbench.catalogue import CODE_OPTIONS, find_metric
+from dcbench.catalogue import CODE_OPTIONS, ClipShape, find_metric
 from dcbench.errors import UserError
 from dcbench.facts import Facts, find_toml, read_facts, validate
 from dcbench.files import digest
@@ -48,6 +48,9 @@ class Protocol(Facts):
     num_frames: int = Field(ge=1)
     frame_stride: int = Field(ge=1)
     fps: float | None = _later(None, gt=0, le=1000)  # videos are read at this rate, by time; None: each at its own
+    # model: as many frames as the model makes, at its own rate; above are those of models that make any number
+    frames: Literal["protocol", "model"] = _later("protocol")
+    seconds: float | None = _later(None, gt=0)  # with frames = "model": only so much of each clip counts
     start: Literal["random", "first", "middle"] = "random"
     short_videos: Literal["drop", "shrink_stride"] = "drop"
     chunks: Literal["one", "all"] = _later("one")  # all: each complete chunk of num_frames frames is a clip
@@ -57,14 +60,16 @@ class Protocol(Facts):
     # which pixels
     height: int = Field(ge=1)
     width: int = Field(ge=1)
+    size: Literal["protocol", "model"] = _later("protocol")  # model: its own; above is that of models of any size
     resize: Literal["crop", "squash"] = "crop"
     interpolation: Literal["bilinear", "bicubic", "nearest", "area_linear_light"] = "bilinear"
     antialias: bool = True
     # which text
     caption: Literal["first", "random", "none"] = "first"
     samples_per_item: int = _later(1, ge=1, le=1000)  # clips of each input, with seeds of their own
-    # what the clips are compared with. "none": the data set has pictures, or its films are not used
-    reference: Literal["clip", "none"] = _later("clip")
+    # what the clips are compared with. "none": the data set has pictures, or its films are not used. "takes": the
+    # item is a picture, and its data set has two recordings of what happened next
+    reference: Literal["clip", "none", "takes"] = _later("clip")
     reference_videos: Literal["paired", "disjoint"] = _later("paired")  # disjoint: videos that are not animated
     scored_frames: Literal["all", "without_condition", "between"] = _later("all")  # of both sides; between: no end
     # its table where the command line names none: names, or name(option=value); (): the usual metrics. No clip and no
@@ -84,8 +89,12 @@ class Protocol(Facts):
         for value, number in needed.items():
             if self.num_frames < number:
                 raise ValueError(f"{value} needs num_frames >= {number}, got {self.num_frames}")
-        if self.reference == "none" and self.fps is None:
-            raise ValueError('reference = "none" needs fps: a picture has no frame rate of its own')
+        if self.of_pictures and self.fps is None:
+            raise ValueError(f'reference = "{self.reference}" needs fps: a picture has no frame rate of its own')
+        if self.frames == "model" and self.fps is None:
+            raise ValueError('frames = "model" needs fps, for models that make clips of any rate')
+        if self.seconds is not None and self.frames != "model":
+            raise ValueError('seconds needs frames = "model"')
         if self.cuts == "drop" and self.num_frames == 1:
             raise ValueError('cuts = "drop" needs num_frames >= 2, got 1')
         return self
@@ -117,6 +126,11 @@ class Protocol(Facts):
         return self
 
     @property
+    def of_pictures(self) -> bool:
+        """Whether an item is a picture: its only source frame is the input image."""
+        return self.reference != "clip"
+
+    @property
     def span(self) -> int:
         """Number of source frames from the first to the last of a clip."""
         return (self.num_frames - 1) * self.frame_stride + 1
@@ -126,6 +140,27 @@ class Protocol(Facts):
         own = self.datasets.get(dataset, {})
         data = self.model_dump() | own | {"datasets": {}}
         return validate(data, Protocol, f"protocol {self.name} for {dataset}")
+
+    def for_model(self, name: str, shape: ClipShape) -> "Protocol":
+        """The protocol with the length, rate and size of a model's clips, where it leaves these to the model.
+
+        UserError if the model makes fewer seconds than the protocol scores.
+        """
+        changed: dict[str, Any] = {}
+        if self.size == "model" and shape.height and shape.width:
+            changed |= {"height": shape.height, "width": shape.width}
+        if self.frames == "model":
+            fps = shape.fps or self.fps
+            assert fps is not None  # see _frames_are_enough
+            count = round(self.seconds * fps) if self.seconds else shape.frames or self.num_frames
+            if self.seconds and shape.frames and shape.frames < count:
+                raise UserError(
+                    f"{name} makes {shape.frames} frames at {fps:g} fps, which is {shape.frames / fps:.2f} seconds; "
+                    f"protocol {self.name} scores the first {self.seconds:g} seconds of each clip. If the model can "
+                    f"make more, ask for them: --set clip.frames={count}. Or give a folder of longer clips: --model DIR"
+                )
+            changed |= {"num_frames": count, "fps": fps}
+        return self.model_copy(update=changed)
 
     def with_samples(self, count: int) -> "Protocol":
         """The protocol with so many clips of each input, on every dataset."""
@@ -139,19 +174,22 @@ class Protocol(Facts):
         return compared(self.model_dump())
 
     def identity(self) -> dict[str, Any]:
-        """The fields that the fingerprint covers: all but title, summary, metrics and datasets."""
-        return self.model_dump(mode="json", exclude={"title", "summary", "metrics", "datasets"})
+        """The fields that the fingerprint covers: those that decide clips and pixels, but not what a model decides."""
+        left_out = {"title", "summary", "metrics", "datasets"}
+        left_out |= {"num_frames", "fps"} if self.frames == "model" else set()
+        left_out |= {"height", "width"} if self.size == "model" else set()
+        return self.model_dump(mode="json", exclude=left_out)
 
 
 def compared(fields: Mapping[str, Any]) -> str:
     """`Protocol.compared` of the fields of a protocol, or of those that a record has."""
     count, others = fields.get("samples_per_item", 1), fields.get("reference_videos") == "disjoint"
     samples = f"{count} clips of each input" if isinstance(count, int) and count > 1 else ""
-    alone = "without reference clips" if fields.get("reference") == "none" and not others else ""
+    alone = {"none": "" if others else "without reference clips", "takes": "with two takes of the real event"}
     videos = "with videos that are not animated" if others else ""
     left_out = {"without_condition": "without the condition frame", "between": "without the first and last frame"}
     frames = left_out.get(str(fields.get("scored_frames")), "")
-    return ", ".join(filter(None, (samples, alone, videos, frames)))
+    return ", ".join(filter(None, (samples, alone.get(str(fields.get("reference"))), videos, frames)))
 
 
 class ProbedVideo(Interface):
@@ -397,7 +435,7 @@ def _usable(
 
 def make_case(protocol: Protocol, item: ItemT, info: ProbedVideo, run_seed: int) -> Case | None:
     """The case of one video, or of one picture. None if the video is too short."""
-    if protocol.reference == "none":
+    if protocol.of_pictures:
         protocol = protocol.model_copy(update={"num_frames": 1})  # of the source: the input image alone
     frames = choose_frames(protocol, item.id, _number_of_frames(protocol, info))
     return _case(protocol, item, info, run_seed, item.id, *frames) if frames else None
@@ -458,5 +496,6 @@ def fingerprint(protocol: Protocol, dataset: str, cases: Sequence[Case]) -> str:
 
     Two numbers may be compared when their fingerprints are equal.
     """
-    clips = [case.model_dump(mode="json", exclude={"seed": True, "apart": {"seed"}}) for case in cases]
+    left_out: Any = {"seed": True, "apart": {"seed"}} | ({"fps": True} if protocol.frames == "model" else {})
+    clips = [case.model_dump(mode="json", exclude=left_out) for case in cases]
     return digest({"protocol": protocol.identity(), "dataset": dataset, "clips": clips})

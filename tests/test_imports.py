@@ -12,7 +12,7 @@ LEVELS = {
     "errors": 0, "version": 0, "escape": 0, "facts": 2, "files": 1, "shapes": 5,
     "catalogue": 3, "record": 3, "progress": 1, "seeding": 1,
     "clips": 4, "trust": 4, "weights": 5, "machine": 4, "protocol": 4, "pictures": 4,
-    "programs": 4, "supervisor": 0, "video_files": 4, "video_worker": 4, "video_processes": 4, "video": 5,
+    "programs": 4, "supervisor": 0, "video_files": 4, "video_worker": 4, "video_processes": 4, "video": 5, "takes": 5.5,
     "models": 6, "datasets": 6, "metrics": 6,
     "ranks": 7, "runs": 9, "animate": 8, "training": 8, "reports": 11,
     "analysis": 12, "cli": 13, "__main__": 14, "__init__": 14,

@@ -318,7 +318,7 @@ def measure(
     extracted twice. UserError for an unknown name in `only`, or fewer than 4 clips.
     """
     run = planning.reopen(path)
-    if run.protocol.reference == "none":
+    if run.protocol.of_pictures:
         raise UserError(f"{path} has no reference clips: there is nothing to read in other ways")
     run.cases = [case for case in run.cases if case.is_first]  # of several clips of an input, one
     cases = run.cases[:limit]

@@ -17,18 +17,25 @@ doctor = typer.Typer(invoke_without_command=True, help="Show what is installed, 
 
 @data.command("make")
 def data_make(
-    dataset: Annotated[str, typer.Argument(help="A procedural dataset: shapes.")],
-    layout: Annotated[str, typer.Option("--layout", help="ucf101 or msrvtt.")],
+    dataset: Annotated[str, typer.Argument(help="A procedural dataset, shapes; or physics-iq.")],
+    layout: Annotated[str | None, typer.Option("--layout", help="Of shapes: ucf101 or msrvtt.")] = None,
     videos: Annotated[
-        int,
-        typer.Option("--videos", min=1, max=1_000_000, help="Number of videos; half of them are for the test split."),
-    ],
+        int | None,
+        typer.Option(
+            "--videos", min=1, max=1_000_000, help="Of shapes: number of videos; half are for the test split."
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Default: data/<layout>.")] = None,
     size: Annotated[
-        int | None, typer.Option("--size", min=16, max=2048, help="Frame size of the shapes, in pixels.")
+        int | None, typer.Option("--size", min=16, max=2048, help="Height of the frames, in pixels.")
     ] = None,
 ) -> None:
     """Write a procedural dataset as video files in the official layout of another dataset."""
+    if dataset == "physics-iq":
+        _make_physics_iq(layout, videos, out or Path("data") / dataset, size)
+        return
+    if layout is None or videos is None:
+        raise UserError(f"dcbench data make {dataset} needs --layout (ucf101 or msrvtt) and --videos")
     from dcbench.catalogue import find_dataset
     from dcbench.datasets.base import load_dataset
     from dcbench.datasets.make import make
@@ -42,6 +49,15 @@ def data_make(
     counts = make(load_dataset(card), card, layout, videos, target)
     parts = ", ".join(f"{count} {split}" for split, count in counts.items())
     print(f"{parts} videos are in {target}. Use them: dcbench run --model zoom --dataset {layout} --data {target}")
+
+
+def _make_physics_iq(layout: str | None, videos: int | None, out: Path, size: int | None) -> None:
+    from dcbench.datasets.made_events import HEIGHT, make_suite
+
+    if layout is not None or videos is not None:
+        raise UserError("dcbench data make physics-iq has one layout and one number of videos; leave both out")
+    count = make_suite(out, size or HEIGHT)
+    print(f"{count} videos are in {out}. Use them: dcbench run --model still --dataset physics-iq --data {out}")
 
 
 @data.command("verify")

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from dcbench.catalogue import DatasetCard, load_entry_point
 from dcbench.errors import UserError, near_match
+from dcbench.takes import Takes
 from dcbench.video import Video, VideoError, VideoInfo
 
 __all__ = ["Dataset", "Item", "Video", "VideoError", "VideoInfo", "find_root", "load_dataset"]
@@ -27,6 +28,7 @@ class Item:
     place: int | None = None  # in an order that others published; for protocols with selection = "published"
     film: bool = False  # only for metrics of sets to compare with; never animated
     truth: Mapping[str, Any] | None = None  # JSON values: what the video shows, for metrics that need it
+    takes: Takes | None = None  # of a picture: two recordings of what happened next
 
 
 class Dataset(Protocol):

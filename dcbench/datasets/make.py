@@ -38,7 +38,7 @@ def make(
         raise UserError(f"{videos} videos: expected 2 to {most} (half of them for the test split)")
     if card.needs_files:
         raise UserError(f"{card.name} consists of files already; give a procedural dataset, such as shapes")
-    _claim(out, {"dataset": card.name, "options": card.options, "layout": layout, "videos": videos})
+    claim(out, {"dataset": card.name, "options": card.options, "layout": layout, "videos": videos})
     test = dataset.items("test")[: videos // 2]
     train = dataset.items("train")[: videos - videos // 2]
     if len(test) + len(train) < videos:
@@ -64,7 +64,7 @@ def widen(clip: Tensor) -> Tensor:
     return torch.cat(edges, -1)
 
 
-def _claim(out: Path, request: dict[str, Any]) -> None:
+def claim(out: Path, request: dict[str, Any]) -> None:
     """Write the request into the folder. UserError if the folder holds other files or another request."""
     mark = out / MARK
     try:

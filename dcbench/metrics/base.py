@@ -32,6 +32,7 @@ from dcbench.metrics.statistics import (
     wilson,
 )
 from dcbench.record import Replicates, Score
+from dcbench.takes import Takes
 
 OVER_SAMPLES = "over_samples"  # option of a card: which of several clips of an input count, "mean" (all) or "best"
 NO_INTERVAL = "none: fewer than 3 independent clips"
@@ -50,6 +51,7 @@ NEEDED = {
     "fps": "a frame rate",
     "siblings": "another clip of the same input (--samples 2 or more)",
     "truth": "what the clip should show",
+    "takes": "two recordings of the real event (data set physics-iq)",
 }
 
 
@@ -64,6 +66,7 @@ class View:
     fps: float | None = None
     siblings: Sequence[Tensor] | None = None  # uint8 [t 3 h w] each: for the first clip of an input, the others
     truth: Mapping[str, Any] | None = None  # facts of the video from its data set, such as the scene of `shapes`
+    takes: Takes | None = None  # two recordings of what happened after the input image; read when they are asked for
 
     def need(self, name: str) -> Any:
         """The value of a field that the metric's card needs. UserError if it is None."""

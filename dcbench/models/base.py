@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from dcbench.catalogue import ModelCard, cards, load_entry_point
+from dcbench.catalogue import ClipShape, ModelCard, cards, load_entry_point
 from dcbench.errors import UserError
 
 
@@ -84,6 +84,28 @@ def check_ends(card: ModelCard, has_end: bool, what: str, how: str = "give --end
 def _of_class(card: ModelCard) -> Iterable[str]:
     """What the class of a model says that it conditions on; nothing for an entry point that is a function."""
     return getattr(load_entry_point(card), "conditions_on", ())
+
+
+ShapeOf = Callable[[ModelCard, float | None], ClipShape]
+
+
+def shaped_by(find: ShapeOf) -> Callable[[Callable[..., Any]], Any]:
+    """Decorator of an entry point: `find(card, seconds)` gives the shape of the model's clips, where its card cannot.
+
+    UserError if they are not `seconds` long; None: any length.
+    """
+
+    def mark(load: Callable[..., Any]) -> Any:
+        setattr(load, "clip_shape", find)  # noqa: B010 (a function has no such attribute for a type checker)
+        return load
+
+    return mark
+
+
+def clip_shape(card: ModelCard, seconds: float | None) -> ClipShape:
+    """The length, rate and size of a model's clips; None where it makes any."""
+    find: ShapeOf | None = getattr(load_entry_point(card), "clip_shape", None)
+    return find(card, seconds) if find else card.clip
 
 
 @dataclass(frozen=True)

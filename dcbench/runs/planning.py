@@ -14,7 +14,7 @@ from dcbench.errors import UserError, near_match
 from dcbench.facts import validate
 from dcbench.files import canonical, digest, not_a_whole_disk, read_jsonl, write_json, write_text
 from dcbench.metrics.base import View
-from dcbench.models.base import Runtime, check_ends
+from dcbench.models.base import Runtime, check_ends, clip_shape
 from dcbench.progress import track
 from dcbench.protocol import FindCut, Protocol, add_apart, fingerprint, plan_clips
 from dcbench.ranks import join_ranks, on_first_rank, together
@@ -45,7 +45,7 @@ def plan(
     join_ranks()
     if limit is not None and limit < 1:
         raise UserError(f"--limit {limit}: it must be at least 1")
-    resolved = protocol.resolved(dataset.name)
+    resolved = _of_model(protocol.resolved(dataset.name), model)
     if resolved.reference == "none" and "reference" in model.conditions_on:
         raise UserError(f"{model.name} is given the reference clip, and protocol {resolved.name} has none")
     if model.conditions_on and "reference" not in model.conditions_on:  # else its clips are made elsewhere, or real
@@ -63,7 +63,7 @@ def plan(
         if begun:
             return begun
         if manifest:
-            cases, excluded = _first_items(record.read_manifest(manifest), limit), []
+            cases, excluded = _first_items(_given_cases(manifest, resolved), limit), []
             _check_manifest(cases, items, resolved, manifest)
         else:
             wanted = min(resolved.num_clips, len(items), limit or len(items))
@@ -85,7 +85,33 @@ def plan(
         return made, cases
 
     made, cases = on_first_rank(make)
+    _check_shape(directory, made, resolved)
     return Run(directory, made, cases, resolved, items, model)
+
+
+def _of_model(protocol: Protocol, model: ModelCard) -> Protocol:
+    """The protocol with what it leaves to the model. UserError if the model's clips do not fit it."""
+    if "model" not in (protocol.frames, protocol.size):
+        return protocol
+    return protocol.for_model(model.name, clip_shape(model, protocol.seconds))
+
+
+def _given_cases(manifest: Path, protocol: Protocol) -> list[Case]:
+    """The cases of a manifest; with frames = "model", at this model's rate: another model may have written it."""
+    cases = record.read_manifest(manifest)
+    if protocol.frames == "protocol":
+        return cases
+    return [case.model_copy(update={"fps": protocol.fps}) for case in cases]
+
+
+def _check_shape(directory: RunDirectory, made: Plan, protocol: Protocol) -> None:
+    """Raise UserError if a run is continued with clips of another length, rate or size than it began with."""
+    for name, value in protocol.model_dump(mode="json", include={"num_frames", "fps", "height", "width"}).items():
+        if made.protocol.get(name) != value:
+            raise UserError(
+                f"{directory.path} was begun with {name} = {made.protocol.get(name)}, and the model's clips now have "
+                f"{value}. Put the old clips back, or start another run: --out DIR"
+            )
 
 
 def request_of(
@@ -299,7 +325,7 @@ def _check_manifest(cases: list[Case], items: dict[str, Item], protocol: Protoco
             f"{path}: {len(unknown)} of {len(listed)} clips are not in this dataset's split {protocol.split!r}, "
             f"for example {unknown[0]!r}; the split has ids such as {next(iter(items), 'nothing: it is empty')!r}"
         )
-    number = 1 if protocol.reference == "none" else protocol.num_frames  # of a picture; the videos apart have all
+    number = 1 if protocol.of_pictures else protocol.num_frames  # of a picture; the videos apart have all
     for some, count in ((cases, number), (listed[len(cases) :], protocol.num_frames)):
         if wrong := [case.id for case in some if len(case.frames) != count]:
             raise UserError(f"{path}: clip {wrong[0]} does not have the protocol's {count} frames")

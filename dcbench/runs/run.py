@@ -73,7 +73,7 @@ class Run:
 
     def has_reference(self, case: Case) -> bool:
         """False for a clip of a folder without a reference video, and for an input that is a picture."""
-        is_picture = self.protocol.reference == "none" and len(case.frames) == 1  # a video apart has all its frames
+        is_picture = self.protocol.of_pictures and len(case.frames) == 1  # a video apart has all its frames
         return bool(case.frames) and not is_picture
 
     def has_generated(self, case: Case) -> bool:
@@ -108,8 +108,17 @@ class Run:
             frame_stride=case.frame_stride,
             seed=case.seed,
             end_image=self.end_image(case) if has_end else None,
-            reference=self.reference(case)[0] if with_reference else None,
+            reference=self.real(case) if with_reference else None,
         )
+
+    def real(self, case: Case) -> Tensor:
+        """What the model `real` returns: the reference clip; or the second take, in its own size."""
+        if self.protocol.reference != "takes":
+            return self.reference(case)[0]
+        takes = self.item(case).takes
+        if takes is None:
+            raise video.VideoError(f"{case.id}: its data set has no takes of the real event")
+        return takes.second.clip(case.fps, self.protocol.num_frames / case.fps)
 
     def clip(self, case: Case) -> Tensor:
         """The generated clip in its own size, uint8 [t 3 h w]. Its pixels are not checked."""
@@ -119,9 +128,12 @@ class Run:
         return video.read_clip(self.directory.clip(case.id))[0]
 
     def generated(self, case: Case) -> Tensor:
-        """The clip to score, uint8 [t 3 height width]. UserError if it was changed; VideoError if there is none."""
+        """The clip to score, uint8 [t 3 height width]; with size = "model", in its own size.
+
+        UserError if it was changed; VideoError if there is none.
+        """
         if case.id in self.folder:
-            return self.to_size(self.clip(case))
+            return self._as_scored(self.clip(case))
         row = self.directory.finished_sample(case.id)
         if row is None:
             reason = f"its video {case.video} could not be read, or its file was removed"
@@ -132,7 +144,10 @@ class Run:
                 f"{self.directory.clip(case.id)} was changed after sampling (its pixels changed). "
                 "Remove it and run the same command again"
             )
-        return self.to_size(clip)
+        return self._as_scored(clip)
+
+    def _as_scored(self, clip: Tensor) -> Tensor:
+        return clip if self.protocol.size == "model" else self.to_size(clip)
 
     def to_size(self, clip: Tensor) -> Tensor:
         """Resize as in the protocol: uint8 [t 3 h w] -> uint8 [t 3 height width]."""

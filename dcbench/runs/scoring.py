@@ -35,6 +35,7 @@ from dcbench.runs.directory import RunDirectory
 from dcbench.runs.metrics import Metrics, build_metrics, card_file, choose_metrics, score_name
 from dcbench.runs.run import Options, Run
 from dcbench.runs.sampling import raise_lost
+from dcbench.takes import Takes
 
 PREFETCH = 3  # cases decoded ahead
 
@@ -94,6 +95,7 @@ class Prepared:
     truth: Mapping[str, Any] | None
     seen: Seen
     protocol: Protocol
+    takes: Takes | None = None  # of the real event, unread
     apart: "Prepared | None" = None  # of the case apart
 
 
@@ -159,7 +161,8 @@ def _read(run: Run, case: Case, seen: Seen, generated: bool, siblings: Sequence[
         seen.likenesses |= {} if likeness is None else {case.id: likeness}
     item = run.items.get(case.source_id)
     others = _readable(run, siblings)
-    return Prepared(case, image, reference, made, others, item.truth if item else None, seen, run.protocol)
+    truth, takes = (item.truth, item.takes) if item else (None, None)
+    return Prepared(case, image, reference, made, others, truth, seen, run.protocol, takes)
 
 
 def _readable(run: Run, cases: Sequence[Case]) -> list[Tensor] | None:
@@ -237,6 +240,7 @@ def _view(metric: Metric, clip: Tensor, of: Prepared) -> View:
         "fps": of.case.fps,
         "siblings": of.siblings if clip is of.generated else None,
         "truth": of.truth,
+        "takes": of.takes,
     }
     return View(clip, **{name: known[name] for name in metric.card.needs})
 
@@ -271,6 +275,8 @@ def _key(metric: Metric, view: View, of: Prepared) -> str:
         needed["reference"] = hashes[0]
     if "image" in needed:
         needed["image"] = pixels_sha256(needed["image"])
+    if "takes" in needed:
+        needed["takes"] = needed["takes"].sha256
     if "siblings" in needed:
         needed["siblings"] = [pixels_sha256(clip) for clip in needed["siblings"]]
     if isinstance(metric, SetMetric):
