@@ -287,6 +287,7 @@ def test_the_command_line_shows_the_choice(in_tmp, monkeypatch, capsys):
     assert f"[{said}]" in capsys.readouterr().out
 
 
+@pytest.mark.slow  # test_run.py has the same for the usual protocol
 def test_two_processes_give_the_record_of_one(tmp_path, cheap_metric):
     program = tmp_path / "program.py"
     program.write_text("from dcbench.cli import main\nmain()\n")

@@ -77,7 +77,8 @@ def test_a_run_ends_when_one_process_fails(fault, tmp_path):
     assert finished(tmp_path) == 1
 
 
-@pytest.mark.parametrize("fault", [FAULTS[0], *(pytest.param(fault, marks=pytest.mark.slow) for fault in FAULTS[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_grid_goes_on_with_the_other_model(fault, tmp_path):
     (tmp_path / "fault").write_text(fault)
     code, said, seconds = torchrun(tmp_path, "--model", "model.py:Fails", "--model", "still")
