@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -155,12 +156,12 @@ class Metric:
     compares_sets: ClassVar[bool] = False  # False: the real clips have a value of their own
     extractor_options: ClassVar[tuple[str, ...]] = ()  # options that the identity of dcbench's extractor covers
     in_workers: ClassVar[bool] = False  # `observe` may run in several threads at once
+    facts: Mapping[str, Any] = MappingProxyType({})  # about the work that it did, for cost.json
     of_items: ClassVar[bool] = False  # one observation an item, of all its clips: the first, and its siblings
 
     def __init__(self, card: MetricCard, extractor: HasIdentity | None = None) -> None:
         """`extractor` None: the metric uses no network."""
         self.card, self.extractor = card, extractor or NoNetwork("pixels, no network")
-        self.facts: dict[str, Any] = {}  # about the work that it did, for cost.json
 
     @property
     def observes_reference(self) -> bool:

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import select
-import shlex
 import shutil
 import subprocess
 import tempfile
@@ -234,7 +233,7 @@ def _identity(card: MetricCard, options: ExternalOptions) -> dict[str, str]:
     hashes = [sha256_file(path) for path in files if path.is_file()]
     environment = "".join(f"{key}={value} " for key, value in sorted(options.environment.items()))
     return {
-        "name": f"program, version {options.version}: {environment}{shlex.join(parts)}",
+        "name": f"program, version {options.version}: {environment}{' '.join(parts)}",
         "weights_sha256": hashes[0] if len(hashes) == 1 else digest(hashes, 64) if hashes else "",
         "preprocessing": f"lossless {options.clips}, RGB, at the size of the protocol",
     }
