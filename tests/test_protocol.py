@@ -96,9 +96,10 @@ def test_fingerprints_of_older_protocols_do_not_move():
     """Recorded before `reference_videos`, `scored_frames` and `cuts` were added."""
     base = protocol()
     assert fingerprint(base, "d", plan(base, VIDEOS)[0]) == "fa186a34bbeb46f4"
-    later = {"reference_videos", "scored_frames", "cuts", "samples_per_item", "reference"}
+    later = {"reference_videos", "scored_frames", "cuts", "samples_per_item", "reference", "frames", "seconds", "size"}
+    later |= {"metrics"}
     assert not later & set(base.model_dump())
-    older = [known for name, known in protocols().items() if not name.startswith("images")]
+    older = [known for name, known in protocols().items() if not name.startswith(("images", "physics"))]
     assert all(not later & set(known.identity()) for known in older)
 
 
