@@ -142,7 +142,7 @@ def test_a_run_goes_on_with_the_clips_that_it_began_with(suite: Path, tmp_path: 
     card, protocol, data = find_model(str(tmp_path / "clips")), find_protocol("physics-iq"), find_dataset("physics-iq")
     first = planning.plan(card, data, protocol, suite, tmp_path / "run", quiet=True)
     write_clips(tmp_path / "clips", "still", 10, HEIGHT)
-    with pytest.raises(UserError, match=r"was begun with fps = 8\.0, and the model's clips now have 10"):
+    with pytest.raises(UserError, match="was begun with num_frames = 40, and the model's clips now have 50"):
         planning.plan(card, data, protocol, suite, tmp_path / "run", quiet=True)
     manifest = first.directory.manifest  # of another rate: its inputs are used, at the rate of these clips
     again = planning.plan(card, data, protocol, suite, tmp_path / "again", manifest=manifest, quiet=True)
