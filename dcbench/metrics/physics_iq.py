@@ -180,7 +180,7 @@ class PhysicsScore(ClipMetric):
         return compare_scores(self.score(first), self.score(second))
 
 
-EXTRACTOR = NoNetwork("opencv running mean of frames", f"a {SHRINK}th of the size of the real video, bilinear")
+EXTRACTOR = NoNetwork("opencv running mean of frames", f"real size / {SHRINK}, bilinear")
 COLUMNS = (*PARTS, *(f"{part}_variance" for part in PARTS))
 
 
