@@ -99,6 +99,7 @@ def test_fingerprints_of_older_protocols_do_not_move():
     base = protocol()
     assert fingerprint(base, "d", plan(base, VIDEOS)[0]) == "fa186a34bbeb46f4"
     later = {"reference_videos", "scored_frames", "cuts", "samples_per_item", "reference", "chunks", "frames", "size"}
+    later |= {"seconds", "metrics"}
     assert not later & set(base.model_dump())
     names = ("consisti2v", "dynamicrafter-paper", "folders", "smoke", "tiny", "tiny-first")
     older = [find_protocol(name) for name in names]

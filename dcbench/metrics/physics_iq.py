@@ -7,10 +7,12 @@ variance. Constants and order of steps are those of google-deepmind/physics-IQ-b
 
 import itertools
 import math
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -61,16 +63,47 @@ class Motion:
     masks: Array  # bool [t h w]
 
 
-def motion_of(frames: Iterable[Array], size: tuple[int, int]) -> Motion:
-    """RGB uint8 [h w 3] frames -> their motion at `size` (height, width). Masks are made first, then resized."""
-    to = size[::-1]
-    for_frames, for_masks = itertools.tee(frames)
-    pairs = [
-        (cv2.resize(frame, to), cv2.resize(mask, to) > 127)
-        for frame, mask in zip(for_frames, masks(for_masks), strict=True)
-    ]
-    small, moving = zip(*pairs, strict=True)
+def motion_of(frames: Iterable[Array], size: tuple[int, int], compressed_at: float | None = None) -> Motion:
+    """RGB uint8 [h w 3] frames -> their motion at `size` (height, width). Masks are made first, then resized.
+
+    `compressed_at`: the masks go through an mp4v video of this frame rate, as in the official code.
+    """
+    small: list[Array] = []
+
+    def kept() -> Iterator[Array]:
+        for frame in frames:
+            small.append(cv2.resize(frame, size[::-1]))
+            yield frame
+
+    found = masks(kept())
+    found = found if compressed_at is None else through_mp4v(found, compressed_at)
+    moving = [cv2.resize(mask, size[::-1]) > 127 for mask in found]
     return Motion(np.stack(small), np.stack(moving))
+
+
+def through_mp4v(found: Iterable[Array], fps: float) -> Iterator[Array]:
+    """Masks, uint8 [h w] each, as they come back from OpenCV's MPEG-4 video. UserError for odd sides."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "masks.mp4")
+        writer: cv2.VideoWriter | None = None
+        for mask in found:
+            height, width = mask.shape
+            if height % 2 or width % 2:
+                raise UserError(f"masks of {width}x{height} cannot be stored as mp4v: give clips with even sides")
+            if writer is None:
+                code = cv2.VideoWriter.fourcc(*"mp4v")
+                writer = cv2.VideoWriter(path, code, round(fps), (width, height), isColor=False)
+                if not writer.isOpened():
+                    raise UserError("this OpenCV cannot write mp4v videos; use the option masks=exact")
+            writer.write(mask)
+        if writer is not None:
+            writer.release()
+        reader = cv2.VideoCapture(path)
+        try:
+            while (got := reader.read())[0]:
+                yield got[1][..., 0]
+        finally:
+            reader.release()
 
 
 def compare(one: Motion, other: Motion) -> dict[str, Any]:
@@ -103,7 +136,8 @@ class Measure:
     """The measures of a clip against take 1, and of take 2 against take 1. The last clip is remembered: all five
     metrics ask for it."""
 
-    def __init__(self) -> None:
+    def __init__(self, compressed: bool) -> None:
+        self.compressed = compressed  # the masks, as in the official code
         self._last: tuple[View, dict[str, Any], dict[str, Any]] | None = None
 
     def __call__(self, view: View) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -119,17 +153,19 @@ class Measure:
         one = takes.first.frames(fps, SECONDS)
         start = next(one)
         size = start.shape[0] // SHRINK, start.shape[1] // SHRINK
-        first = motion_of(itertools.chain([start], one), size)
-        second = motion_of(takes.second.frames(fps, SECONDS), size)
-        clip = motion_of((np.ascontiguousarray(frame.permute(1, 2, 0).numpy()) for frame in view.clip), size)
+        rate = fps if self.compressed else None
+        ours = (np.ascontiguousarray(frame.permute(1, 2, 0).numpy()) for frame in view.clip)
+        first = motion_of(itertools.chain([start], one), size, rate)
+        second = motion_of(takes.second.frames(fps, SECONDS), size, rate)
+        clip = motion_of(ours, size, rate)
         found = compare(first, clip), compare(first, second)
         self._last = view, *found
         return found
 
 
 @cache
-def _shared() -> Measure:
-    return Measure()
+def _shared(compressed: bool) -> Measure:
+    return Measure(compressed)
 
 
 # --- all clips --------------------------------------------------------------------------------------------------------
@@ -138,12 +174,12 @@ def _shared() -> Measure:
 class PhysicsMetric(ClipMetric):
     """One of the four measures. The physical variance is in the details, under `variance`."""
 
-    def __init__(self, card: MetricCard, part: str) -> None:
+    def __init__(self, card: MetricCard, part: str, measure: Measure) -> None:
         super().__init__(card, EXTRACTOR)
-        self.part = part
+        self.part, self.measure = part, measure
 
     def observe(self, view: View) -> dict[str, Any]:
-        ours, variance = _shared()(view)
+        ours, variance = self.measure(view)
         row = {"value": ours[self.part], "variance": variance[self.part], **_labels(view)}
         curve = ours["per_frame"].get(self.part)
         return row | ({"per_frame": curve} if curve else {})
@@ -158,11 +194,12 @@ class PhysicsScore(ClipMetric):
     """The score: the four measures, divided by the physical variance. It is a function of means over all clips, so a
     single clip has no value of its own."""
 
-    def __init__(self, card: MetricCard) -> None:
+    def __init__(self, card: MetricCard, measure: Measure) -> None:
         super().__init__(card, EXTRACTOR)
+        self.measure = measure
 
     def observe(self, view: View) -> dict[str, Any]:
-        ours, variance = _shared()(view)
+        ours, variance = self.measure(view)
         row = {part: ours[part] for part in PARTS} | {f"{part}_variance": variance[part] for part in PARTS}
         return row | _labels(view)
 
@@ -180,7 +217,7 @@ class PhysicsScore(ClipMetric):
         return compare_scores(self.score(first), self.score(second))
 
 
-EXTRACTOR = NoNetwork("opencv running mean of frames", f"a {SHRINK}th of the size of the real video, bilinear")
+EXTRACTOR = NoNetwork("opencv running mean of frames", f"real size / {SHRINK}, bilinear")
 COLUMNS = (*PARTS, *(f"{part}_variance" for part in PARTS))
 
 
@@ -232,10 +269,13 @@ def _value_or_none(value: Callable[[Sequence[dict[str, Any]]], float], rows: Seq
 
 
 def build(card: MetricCard, runtime: Any) -> ClipMetric:
-    """Entry point of the cards `physics_iq...`; options: part."""
-    part = card.options.get("part")
+    """Entry point of the cards `physics_iq...`; options: part, masks."""
+    part, kind = card.options.get("part"), card.options.get("masks")
+    if kind not in ("exact", "mp4v"):
+        raise UserError(f'{card.name}: options.masks is "{kind}"; allowed: exact, mp4v')
+    measure = _shared(kind == "mp4v")
     if part == "score":
-        return PhysicsScore(card)
+        return PhysicsScore(card, measure)
     if part not in PARTS:
         raise UserError(f'{card.name}: options.part is "{part}"; allowed: score, {", ".join(PARTS)}')
-    return PhysicsMetric(card, part)
+    return PhysicsMetric(card, part, measure)
