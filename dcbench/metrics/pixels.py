@@ -123,7 +123,8 @@ class OfReference(ClipMetric):
 
     def __init__(self, card: MetricCard, measure: Measure, extractor: HasIdentity) -> None:
         super().__init__(card, extractor)
-        self.measure, self.frames = measure, known_frames(card)
+        self.measure = measure
+        self.frames: Frames = known_frames(card)
         _ = self.takes_best  # an unknown value is an error now, and not after the clips are made
 
     def observe(self, view: View) -> dict[str, Any]:
