@@ -57,10 +57,10 @@ def official(frame: np.ndarray, size: int) -> np.ndarray:
     half = min(frame.shape[:2]) // 2
     middle = [side // 2 for side in frame.shape[:2]]
     square = frame[middle[0] - half : middle[0] + half, middle[1] - half : middle[1] + half]
-    light = (square / np.float32(255)).astype(np.float32) ** np.float32(2.2)
+    light = np.power(square.astype(np.float32) / 255, 2.2)
     how = cv2.INTER_AREA if size <= square.shape[0] else cv2.INTER_CUBIC
     scaled = np.clip(cv2.resize(light, (size, size), interpolation=how), 0, 1)
-    return np.floor(scaled ** np.float32(1 / 2.2) * 255 + np.float32(0.5)).astype(np.uint8)
+    return np.floor(np.power(scaled, 1 / 2.2) * 255 + 0.5).astype(np.uint8)
 
 
 def area_weights(to: int, of: int) -> np.ndarray:

@@ -158,7 +158,8 @@ def _settings(run: Result) -> dict[str, Any]:
 def numbers(runs: Sequence[Result], models: Mapping[str, Card] | None = None) -> list[Number]:
     """All numbers of the runs, and the published numbers on the same datasets.
 
-    The `dataset` of a published number may also be the name of a protocol (a benchmark): it is shown beside runs of it.
+    The `dataset` of a published number may be the name of a protocol (a benchmark). Runs of that protocol have such
+    numbers beside them, and no others of their data set.
     `models`: the cards to take published numbers from (default: the catalogue).
     """
     columns, labels = _columns(runs), name_runs(runs)
@@ -166,9 +167,11 @@ def numbers(runs: Sequence[Result], models: Mapping[str, Card] | None = None) ->
     directions = {
         name: card.higher_is_better for name, card in cards("metrics").items() if isinstance(card, MetricCard)
     }
-    datasets = {str(run.record.plan.protocol["name"]): run.dataset for run in runs}
-    datasets |= {run.dataset: run.dataset for run in runs}
-    for card in (models if models is not None else cards("models")).values():
+    chosen = (models if models is not None else cards("models")).values()
+    known = {entry.dataset for card in chosen if isinstance(card, ModelCard) for entry in card.published}
+    protocols = [(run.dataset, str(run.record.plan.protocol["name"])) for run in runs]
+    datasets = {name if name in known else dataset: dataset for dataset, name in protocols}
+    for card in chosen:
         for entry in card.published if isinstance(card, ModelCard) else ():
             if entry.dataset in datasets:
                 found.append(

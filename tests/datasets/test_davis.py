@@ -20,6 +20,7 @@ from dcbench.record import read_manifest
 from dcbench.reports.notations import to_markdown
 from dcbench.reports.tables import layout, load_results, numbers
 from dcbench.runs import inputs, planning, sampling, scoring
+from dcbench.runs.folders import plan_folders
 from dcbench.runs.run import Options, Run
 
 QUIET = Options(device="cpu", quiet=True)
@@ -188,3 +189,8 @@ def test_inputs_for_other_programs_have_both_pictures(tmp_path: Path):
     assert inputs.write_inputs(find_dataset("davis"), chosen, tmp_path / "inputs", root, quiet=True) == 1
     assert '"end_image":"images/bear-00000-end.png"' in (tmp_path / "inputs" / "inputs.jsonl").read_text()
     assert len(list((tmp_path / "inputs" / "images").iterdir())) == 2
+
+
+def test_two_folders_have_no_chunks(tmp_path: Path):
+    with pytest.raises(UserError, match='chunks = "all" makes several clips of a video, but here a file is a clip'):
+        plan_folders(tmp_path, tmp_path, find_protocol("vidim-davis-7"))

@@ -105,10 +105,10 @@ def test_the_distance_to_the_true_clip(moving_clip: Tensor) -> None:
     assert backwards["value"] > still["value"] > 0 and still["per_frame"][0] == 0
     larger = torch.nn.functional.interpolate(moving_clip.float(), scale_factor=2).to(torch.uint8)
     assert compare.observe(View(moving_clip, reference=larger))["value"] < still["value"]
-    turned = View(moving_clip, reference=moving_clip.flip(0))
-    between = metric("st_lpips(frames=between)").observe(turned)
+    view = View(moving_clip, reference=moving_clip.flip(0))
+    between = metric("st_lpips(frames=between)").observe(view)
     assert between["per_frame"] == backwards["per_frame"][1:-1]
-    assert metric("st_lpips(frames=middle)").observe(turned) == {"value": backwards["per_frame"][8]}
+    assert metric("st_lpips(frames=middle)").observe(view) == {"value": backwards["per_frame"][8]}
     with pytest.raises(UserError, match='frames is "last"; allowed: all, middle, between'):
         metric("st_lpips(frames=last)")
     with pytest.raises(UserError, match="16 frames, and 3 in the reference clip"):
