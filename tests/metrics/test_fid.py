@@ -187,7 +187,7 @@ def test_wrong_files_and_options_are_named(weights: Path, tmp_path: Path) -> Non
     torch.save({name: value for name, value in state.items() if "Mixed_7c" not in name}, tmp_path / "less.pth")
     with pytest.raises(UserError, match=r"does not fit: \d+ tensors differ, first Mixed_7c"):
         load_inception(tmp_path / "less.pth")
-    with pytest.raises(UserError, match=r'options\.frames is "midle"; allowed: all, middle, first\. Did you mean'):
+    with pytest.raises(UserError, match=r'options\.frames is "midle"; allowed: all, middle, first, between\. Did you'):
         FrameExtractor(Planes(), "midle")  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r'options\.resize is "pil"; allowed: clean, legacy'):
         FrameExtractor(Planes(), "all", "pil")  # type: ignore[arg-type]

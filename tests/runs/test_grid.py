@@ -59,6 +59,7 @@ def test_a_grid_plans_runs_and_ends_in_one_table(videos, in_tmp, monkeypatch, ca
     assert plan.fingerprint == read_record(Path("grid/noise-shapes")).plan.fingerprint
 
 
+@pytest.mark.slow
 def test_every_run_of_a_grid_has_a_whole_cost(videos, in_tmp, cheap_metric):
     greedy = Path("greedy.py")
     greedy.write_text(

@@ -58,7 +58,13 @@ def test_the_suite_has_the_official_layout(suite: Path):
     assert (info.num_frames, info.fps, info.height) == (150, 30, HEIGHT)
 
 
-@pytest.mark.parametrize("name", sorted(OFFICIAL["scores"]))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name.startswith("late") else name
+        for name in sorted(OFFICIAL["scores"])
+    ],
+)
 def test_scores_are_those_of_the_official_code(suite: Path, tmp_path: Path, name: str):
     """It rounds each frame's value to four decimals. As it is, its masks go through a compressed video: at this size,
     with thin edges, that moves the score by up to 0.6."""

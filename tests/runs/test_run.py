@@ -316,6 +316,7 @@ def killed_runs_equal_an_undisturbed_one(tmp_path: Path, metric: str, kills: int
     assert kept(tmp_path / "shaken") == kept(tmp_path / "calm")
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_to_the_same_bytes(tmp_path, cheap_metric):
     killed_runs_equal_an_undisturbed_one(tmp_path, cheap_metric, kills=2, limit=24)
 
