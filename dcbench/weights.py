@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from dcbench import trust
 from dcbench.catalogue import WeightSource
@@ -412,3 +412,24 @@ def tensors_sha256(state: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def fill(
+    network: nn.Module,
+    state: Mapping[str, Tensor],
+    path: Path,
+    ignored: tuple[str, ...] = (),
+    problem: str = "does not fit: {} tensors differ",
+) -> None:
+    """Load the tensors of a file into a network, strictly. UserError names the first tensor that differs.
+
+    `ignored`: beginnings of names that are not read, such as heads. `problem`: the error's words, {} for the number.
+    """
+    state = {name: value for name, value in state.items() if not (ignored and name.startswith(ignored))}
+    own = network.state_dict()
+    odd = sorted(own.keys() ^ state.keys()) or sorted(name for name in own if own[name].shape != state[name].shape)
+    if odd:
+        found = list(state[odd[0]].shape) if odd[0] in state else "missing"
+        raise UserError(f"{path} {problem.format(len(odd))}, first {odd[0]} ({found})")
+    check_finite(state, path)
+    network.load_state_dict(state)

@@ -1,7 +1,7 @@
 """The commands run, sample, score, report and list."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from dcbench.reports import Choices
     from dcbench.runs.grid import Cell
     from dcbench.runs.run import Options, Run
+
+
+LATEST = Path("reports/latest")
 
 
 def _prepare(
@@ -259,44 +262,54 @@ def report(
     """
     runs = runs or []
     of_tables = {"--published": published, "--notes": notes, "--clips": clips, "--clips-by": clips_by}
+    of_runs = of_tables | {"--metrics": metrics, "--compare": compare or None}
     if discrepancies:
-        _refuse(of_tables | {"--metrics": metrics, "--compare": compare or None}, "--discrepancies")
-        from dcbench.reports.discrepancies import write_discrepancies
-
-        print(shown(write_discrepancies([str(name) for name in runs], out)))
-        if out:
-            print(f"report: {out}")
-        return
-    if not runs:
+        _refuse(of_runs, "--discrepancies")
+        _report_discrepancies([str(name) for name in runs], out)
+    elif not runs:
         raise UserError("give run directories or record.json files: dcbench report runs/a runs/b")
-    out = out or Path("reports/latest")
-    suites = [path for path in runs if (path / "suite.json").is_file()]
-    if suites:
-        _refuse(of_tables | {"--metrics": metrics, "--compare": compare or None}, "folders of suites")
-        if len(suites) < len(runs):
-            raise UserError("a report cannot mix suites and runs; give only the folders of suites")
-        from dcbench.analysis.ablation import rebuild
-
-        for path in suites:
-            print(f"{rebuild(path)}\nreport: {path}\n")
-        return
-    if compare:
+    elif any((path / "suite.json").is_file() for path in runs):
+        _refuse(of_runs, "folders of suites")
+        _report_suites(runs)
+    elif compare:
         _refuse(of_tables, "--compare")
-        if len(runs) != 2:
-            raise UserError(f"--compare takes two runs; {len(runs)} were given")
-        from dcbench.analysis.compare import compare_runs, to_json, to_markdown
-        from dcbench.files import write_text
+        _report_comparison(runs, out or LATEST, names(metrics) or ())
+    else:
+        from dcbench.reports import Choices
 
-        options = run_options("auto", None, 1, download=False)
-        compared = compare_runs(runs[0], runs[1], options, names(metrics) or ())
-        text = to_markdown(compared, [path.name for path in runs])
-        write_text(out / "compare.md", text)
-        write_text(out / "compare.json", to_json(compared))
-        print(f"{shown(text)}\nreport: {out}")
-        return
-    from dcbench.reports import Choices
+        choices = Choices(names(metrics) or (), published, notes, clips or Choices.clips, clips_by)
+        _report(runs, out or LATEST, choices)
 
-    _report(runs, out, Choices(names(metrics) or (), published, notes, clips or Choices.clips, clips_by))
+
+def _report_discrepancies(models: Sequence[str], out: Path | None) -> None:
+    from dcbench.reports.discrepancies import write_discrepancies
+
+    print(shown(write_discrepancies(models, out)))
+    if out:
+        print(f"report: {out}")
+
+
+def _report_suites(paths: Sequence[Path]) -> None:
+    """Write the tables and curves of suites again, in place."""
+    if not all((path / "suite.json").is_file() for path in paths):
+        raise UserError("a report cannot mix suites and runs; give only the folders of suites")
+    from dcbench.analysis.ablation import rebuild
+
+    for path in paths:
+        print(f"{rebuild(path)}\nreport: {path}\n")
+
+
+def _report_comparison(runs: Sequence[Path], out: Path, metrics: Sequence[str]) -> None:
+    if len(runs) != 2:
+        raise UserError(f"--compare takes two runs; {len(runs)} were given")
+    from dcbench.analysis.compare import compare_runs, to_json, to_markdown
+    from dcbench.files import write_text
+
+    compared = compare_runs(runs[0], runs[1], run_options("auto", None, 1, download=False), metrics)
+    text = to_markdown(compared, [path.name for path in runs])
+    write_text(out / "compare.md", text)
+    write_text(out / "compare.json", to_json(compared))
+    print(f"{shown(text)}\nreport: {out}")
 
 
 def _refuse(options: Mapping[str, Any], what: str) -> None:

@@ -416,18 +416,10 @@ def score_statistic(
     real: Tensor,
     generated: Tensor,
     groups: Groups = None,
-    lowest: float = -math.inf,
-    highest: float = math.inf,
-    interval: bool = True,
-    biased: bool = False,
-    is_share: bool = False,
+    **how: Any,
 ) -> Score:
-    """The statistic of [n d] and [m d] with its jackknife interval, limited to [lowest, highest].
-
-    `is_share`: the value is a share of clips, and the interval is Wilson's with the jackknife's error.
-    """
-    real, generated, design = fn.arrange(real, generated, groups)
-    return score_arranged(statistic, real, generated, design, lowest, highest, interval, biased, is_share)
+    """The statistic of [n d] and [m d] with its jackknife interval. `how`: options of `score_arranged`."""
+    return score_arranged(statistic, *fn.arrange(real, generated, groups), **how)
 
 
 def score_arranged(
@@ -441,7 +433,11 @@ def score_arranged(
     biased: bool = False,
     is_share: bool = False,
 ) -> Score:
-    """`score_statistic` of float64 rows that are checked and in order. `real` [0 d]: a statistic of one set alone."""
+    """A score of float64 rows that are checked and in order; its interval is limited to [lowest, highest].
+
+    `real` [0 d]: a statistic of one set alone. `interval` False: the value alone. `biased`: see `SetMetric`.
+    `is_share`: the value is a share of clips, and the interval is Wilson's with the jackknife's error.
+    """
     value = statistic(real, generated, design)
     score = Score(
         value=value,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dcbench.clips import check_clip
 from dcbench.errors import UserError, first_line
 from dcbench.metrics.base import FeatureExtractor
-from dcbench.weights import check_finite, tensors_sha256
+from dcbench.weights import check_finite, fill, tensors_sha256
 
 FRAMES, SIZE, CLASSES = 16, 112, 101
 MEAN_SHAPE = (3, FRAMES, 128, 171)  # the mean of the training clips, in BGR
@@ -108,13 +108,7 @@ def load_c3d(
     for name, array in read_arrays(weights).items():
         layer, _, part = name.rpartition("/")
         state[f"{layer}.{renamed.get(part, part)}"] = array
-    own = network.state_dict()
-    odd = sorted(own.keys() ^ state.keys()) or sorted(name for name in own if own[name].shape != state[name].shape)
-    if odd:
-        found = list(state[odd[0]].shape) if odd[0] in state else "missing"
-        raise UserError(f"{weights} does not hold TGANv2's C3D: {len(odd)} arrays differ, first {odd[0]} ({found})")
-    check_finite(state, weights)
-    network.load_state_dict(state)
+    fill(network, state, weights, problem="does not hold TGANv2's C3D: {} arrays differ")
     clip = read_arrays(mean).get("mean")
     if clip is None or tuple(clip.shape) != MEAN_SHAPE:
         found = "no array 'mean'" if clip is None else f"an array of shape {list(clip.shape)}"

@@ -23,9 +23,8 @@ from dcbench.metrics.base import FeatureExtractor, Observations, SetMetric, scor
 from dcbench.metrics.design import Design
 from dcbench.metrics.extractors import to_square
 from dcbench.metrics.statistics import Comparison, compare_scores
-from dcbench.metrics.video_transformers import fill
 from dcbench.record import Score
-from dcbench.weights import fetch, load_tensors, tensors_sha256
+from dcbench.weights import fetch, fill, load_tensors, tensors_sha256
 
 Frames = Literal["all", "middle", "first", "between"]
 Resize = Literal["clean", "legacy"]

@@ -17,7 +17,7 @@ from dcbench.catalogue import MetricCard
 from dcbench.clips import to_float
 from dcbench.errors import UserError
 from dcbench.metrics.pixels import OfReference
-from dcbench.weights import check_finite, fetch, load_tensors, tensors_sha256
+from dcbench.weights import fetch, fill, load_tensors, tensors_sha256
 
 NETS = ("alex", "vgg")
 SMALLEST = 32  # pixels: below, AlexNet's last maps are empty
@@ -36,11 +36,7 @@ class Lpips:
         names = {name: re.sub(r"slice\d+", "features", name) for name in wanted}
         if missing := [name for name in names.values() if name not in given]:
             raise UserError(f"{trunk} is no {net} trunk of torchvision: it has no {missing[0]}")
-        state = {name: given[source] for name, source in names.items()}
-        if wrong := [name for name in wanted if state[name].shape != wanted[name].shape]:
-            raise UserError(f"{trunk}: {names[wrong[0]]} has {list(state[wrong[0]].shape)}, expected another network")
-        check_finite(state, trunk)
-        network.net.load_state_dict(state)
+        fill(network.net, {name: given[source] for name, source in names.items()}, trunk)
         self.network = network.to(device).eval()
         self.net, self.device, self.weights_sha256 = net, device, tensors_sha256(network.state_dict())
 

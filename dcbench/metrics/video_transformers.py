@@ -26,7 +26,7 @@ from dcbench.metrics.design import Groups
 from dcbench.metrics.distances import score_frechet
 from dcbench.metrics.extractors import to_square
 from dcbench.record import Score
-from dcbench.weights import check_finite, fetch, read_file, tensors_sha256
+from dcbench.weights import fetch, fill, read_file, tensors_sha256
 
 
 @dataclass(frozen=True)
@@ -195,18 +195,6 @@ def load_section(path: Path, sections: Sequence[str]) -> dict[str, Tensor]:
             name = name.removeprefix(prefix)
         state[name] = value.float()
     return state
-
-
-def fill(network: nn.Module, state: dict[str, Tensor], path: Path, ignored: tuple[str, ...] = ()) -> None:
-    """Strict loading. UserError names the first tensor that differs. `ignored`: heads that features do not need."""
-    state = {name: value for name, value in state.items() if not name.startswith(ignored)} if ignored else state
-    own = network.state_dict()
-    odd = sorted(own.keys() ^ state.keys()) or sorted(k for k in own if own[k].shape != state[k].shape)
-    if odd:
-        found = list(state[odd[0]].shape) if odd[0] in state else "missing"
-        raise UserError(f"{path} does not fit: {len(odd)} tensors differ, first {odd[0]} ({found})")
-    check_finite(state, path)
-    network.load_state_dict(state)
 
 
 class VideoTransformerExtractor(FeatureExtractor):
