@@ -127,6 +127,7 @@ class MetricCard(Card):
     needs: tuple[Literal["image", "prompt", "reference", "fps", "siblings", "truth", "takes"], ...] = ()  # of a case
     of_reference: bool = False  # per clip: also measured on the reference clips, for comparison
     default: bool = True  # used if a run names no metrics
+    dimension: str = ""  # of a suite such as VBench: see `Metric.counts`
 
 
 ENTRY_POINT = re.compile(r"([A-Za-z_]\w*(\.[A-Za-z_]\w*)*|[^\0]+\.py):[A-Za-z_]\w*")

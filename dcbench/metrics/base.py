@@ -182,6 +182,15 @@ class Metric:
         """The first part of the key of a cached observation. Metrics with equal keys share their observations."""
         return digest([self.identity, self.extractor.identity], 32)
 
+    def counts(self, truth: Mapping[str, Any] | None) -> bool:
+        """Whether a clip belongs to the metric. `truth`: facts of its video from its data set.
+
+        The data set of a suite lists under "dimensions" what each clip is scored for. A metric whose card has a
+        `dimension` counts the clips that list it. Without such a list, every clip counts.
+        """
+        listed = (truth or {}).get("dimensions")
+        return not self.card.dimension or listed is None or self.card.dimension in listed
+
     def lacks(self, view: View) -> str | None:
         """A message that names the first input that the metric needs and the case does not have. None: it has all."""
         for name in self.card.needs:

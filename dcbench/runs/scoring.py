@@ -50,6 +50,7 @@ class Seen:
     generated: dict[str, dict[str, Any]] = field(default_factory=dict)  # key -> case id -> observation
     reference: dict[str, dict[str, Any]] = field(default_factory=dict)
     lacking: dict[str, dict[str, str]] = field(default_factory=dict)  # key -> case id -> the missing input
+    outside: dict[str, dict[str, str]] = field(default_factory=dict)  # key -> case id -> "": see `Metric.counts`
     # case id -> hashes of [reference, generated]; "": none. Also of the cases apart, which are not generated
     pixels: dict[str, list[str]] = field(default_factory=dict)
     decoders: dict[str, str] = field(default_factory=dict)  # case id -> the decoder of the reference
@@ -58,7 +59,7 @@ class Seen:
     lost: list[str] = field(default_factory=list)  # clips that could not be read for a reason that may pass, and why
 
     def merge(self, other: "Seen") -> None:
-        for name in ("generated", "reference", "lacking"):
+        for name in ("generated", "reference", "lacking", "outside"):
             mine: dict[str, dict[str, Any]] = getattr(self, name)
             for key, table in getattr(other, name).items():
                 mine.setdefault(key, {}).update(table)
@@ -220,6 +221,9 @@ def _views(metric: Metric, of: Prepared) -> Iterator[tuple[Prepared, View, dict[
     for side, clip, table in sides:
         if clip is None or (metric.of_items and not side.case.is_first):
             continue
+        if not metric.counts(side.truth):
+            of.seen.outside.setdefault(metric.observation_key, {})[of.case.id] = ""
+            continue
         if is_set and of.protocol.scored_frames == "without_condition":
             clip = torch.cat([clip[: side.case.condition_frame], clip[side.case.condition_frame + 1 :]])
         elif is_set and of.protocol.scored_frames == "between":
@@ -310,6 +314,9 @@ def score_all(seen: Seen, metrics: Metrics, cases: Sequence[Case], fingerprint: 
 
 def _score(metric: Metric, seen: Seen, cases: Sequence[Case]) -> Score:
     observed, lacking = seen.of(metric, cases), seen.lacking.get(metric.observation_key, {})
+    outside, dimension = len(seen.outside.get(metric.observation_key, {})), metric.card.dimension
+    if outside and not (observed.generated or lacking):
+        raise UserError(f"none of the {outside} clips is of the dimension {dimension}: their data set lists others")
     if metric.compares_sets and not (observed.reference and observed.generated):
         sizes = f"{len(observed.reference)} reference and {len(observed.generated)} generated clips: nothing to compare"
         raise UserError(next(iter(lacking.values()), sizes))
@@ -321,6 +328,8 @@ def _score(metric: Metric, seen: Seen, cases: Sequence[Case]) -> Score:
     if observed.reference and not metric.compares_sets:
         reference = Observations(observed.reference, groups=observed.reference_groups)
         score.details["reference_value"] = metric.score(reference).value
+    if outside:
+        score.details["subset"] = {"dimension": dimension, "clips": len(observed.generated), "other_clips": outside}
     if lacking:
         score.warnings = [*score.warnings, f"{len(lacking)} clips do not count: {next(iter(lacking.values()))}"]
     return score
