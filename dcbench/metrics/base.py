@@ -47,6 +47,7 @@ class MetricFailed(UserError):
 
 NEEDED = {
     "image": "the input image",
+    "picture": "a picture file",
     "prompt": "a caption",
     "reference": "a reference clip",
     "fps": "a frame rate",
@@ -62,6 +63,7 @@ class View:
 
     clip: Tensor  # uint8 [t 3 h w]: the clip to observe, generated or reference
     image: Tensor | None = None  # uint8 [3 h w], the input image
+    picture: Tensor | None = None  # uint8 [3 h w], of a data set of pictures: the same at the size of its file
     prompt: str | None = None
     reference: Tensor | None = None  # uint8 [t 3 h w]
     fps: float | None = None

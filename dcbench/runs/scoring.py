@@ -93,6 +93,7 @@ class Prepared:
     reference: Tensor | None
     generated: Tensor | None
     siblings: Sequence[Tensor] | None  # of the first clip of an item: the other clips, if a metric needs them
+    picture: Tensor | None  # the input image at the size of its file, if a metric needs it
     truth: Mapping[str, Any] | None
     seen: Seen
     protocol: Protocol
@@ -116,9 +117,12 @@ def observe(run: Run, metrics: Sequence[Metric], cache: FeatureCache | None, cas
     for case in run.cases if any("siblings" in metric.card.needs for metric in distinct) else ():
         of_item[case.item_id].append(case)
 
+    with_picture = any("picture" in metric.card.needs for metric in distinct)
+
     def prepare(case: Case) -> Prepared:
         siblings = [other for other in of_item[case.item_id] if case.is_first and other.id != case.id]
         done = _read(run, case, Seen(), run.has_generated(case), siblings)
+        done.picture = _picture(run, case) if with_picture else None
         if run.protocol.reference_videos == "disjoint" and case.apart:
             done.apart = _read(run, case.apart, done.seen, generated=False)
         for metric in parallel:
@@ -163,7 +167,15 @@ def _read(run: Run, case: Case, seen: Seen, generated: bool, siblings: Sequence[
     item = run.items.get(case.source_id)
     others = _readable(run, siblings)
     truth, takes = (item.truth, item.takes) if item else (None, None)
-    return Prepared(case, image, reference, made, others, truth, seen, run.protocol, takes)
+    return Prepared(case, image, reference, made, others, None, truth, seen, run.protocol, takes)
+
+
+def _picture(run: Run, case: Case) -> Tensor | None:
+    """The picture of a case at the size of its file, uint8 [3 h w]. None: its image is a frame of a video."""
+    item = run.items.get(case.source_id)
+    if item is None or not case.frames or run.has_reference(case):
+        return None
+    return item.video.read([case.frames[case.condition_frame]])[0]
 
 
 def _readable(run: Run, cases: Sequence[Case]) -> list[Tensor] | None:
@@ -239,6 +251,7 @@ def _view(metric: Metric, clip: Tensor, of: Prepared) -> View:
     """A clip with the inputs that the metric's card `needs`. The metric gets no others, so it cannot depend on them."""
     known: dict[str, Any] = {
         "image": of.image,
+        "picture": of.picture,
         "prompt": of.case.prompt if of.image is not None and of.case.prompt.strip() else None,
         "reference": of.reference,
         "fps": of.case.fps,
@@ -277,8 +290,9 @@ def _key(metric: Metric, view: View, of: Prepared) -> str:
     needed = {name: getattr(view, name) for name in sorted(metric.card.needs)}
     if "reference" in needed:
         needed["reference"] = hashes[0]
-    if "image" in needed:
-        needed["image"] = pixels_sha256(needed["image"])
+    for name in ("image", "picture"):
+        if needed.get(name) is not None:
+            needed[name] = pixels_sha256(needed[name])
     if "takes" in needed:
         needed["takes"] = needed["takes"].sha256
     if "siblings" in needed:

@@ -1,0 +1,56 @@
+"""Made-up weights that are the same on every machine, and clips to try them on: for recordings of other programs."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SHAPES = {"a": (3, 72, 128), "b": (6, 132, 100), "c": (4, 130, 130)}  # of the clips: frames, height, width
+
+
+def made_weights(like: Mapping[str, Tensor], seed: int, gain: float = 1.0) -> dict[str, Tensor]:
+    """Random tensors with these names and shapes. Signals keep their size from layer to layer, and frames differ."""
+    random = np.random.default_rng(seed)
+    made = {}
+    for name in sorted(like):
+        shape = tuple(like[name].shape)
+        if not like[name].is_floating_point():
+            made[name] = torch.ones(shape, dtype=like[name].dtype)
+            continue
+        drawn = torch.from_numpy(random.standard_normal(shape, dtype=np.float32))
+        if name.endswith("running_var"):
+            drawn = drawn.square() * 0.2 + 0.5
+        elif name.endswith("weight") and len(shape) == 1:  # of a norm, or the slopes of a PReLU
+            drawn = drawn * 0.1 + (1 if "norm" in name or "bn" in name or "ln" in name else 0.25)
+        elif len(shape) < 2:
+            drawn = drawn * 0.1
+        elif ("emb" in name and "weight" not in name) or "token" in name:
+            drawn = drawn * 0.5
+        else:
+            drawn = drawn * (gain / np.sqrt(np.prod(shape[1:])))
+        made[name] = drawn
+    return made
+
+
+def made_clip(name: str) -> Tensor:
+    """uint8 [t 3 h w]: coloured blobs on a texture; blobs and texture move, and some noise comes on top."""
+    number, height, width = SHAPES[name]
+    random = np.random.default_rng([ord(name), height, width])
+    texture = random.integers(0, 256, (3, height // 4 + 12, width // 4 + 12)).repeat(4, 1).repeat(4, 2)
+    rows, columns = np.mgrid[:height, :width]
+    frames = []
+    for t in range(number):
+        frame = texture[:, 2 * t : 2 * t + height, 3 * t : 3 * t + width].astype(float) * 0.5
+        for k in range(3):
+            y, x = height * (0.2 + 0.3 * k) + 5 * t, width * (0.7 - 0.2 * k) - 7 * t
+            blob = np.exp(-((rows - y) ** 2 + (columns - x) ** 2) / (2 * (height / 8) ** 2))
+            frame[k] += 160 * blob
+        frames.append(frame + random.normal(0, 4, frame.shape))
+    return torch.from_numpy(np.stack(frames).clip(0, 255).astype(np.uint8))
+
+
+def made_picture(name: str) -> Tensor:
+    """uint8 [3 2h 2w]: the picture of a clip, at twice its size: its first frame, a little darker."""
+    frame = made_clip(name)[0].numpy().repeat(2, 1).repeat(2, 2)
+    return torch.from_numpy((frame * 0.9).astype(np.uint8))
