@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 SHAPES = {"a": (3, 72, 128), "b": (6, 132, 100), "c": (4, 130, 130)}  # of the clips: frames, height, width
+LARGER = {"d": (10, 124, 136)}  # of a clip that RAFT can read
 
 
 def made_weights(like: Mapping[str, Tensor], seed: int, gain: float = 1.0) -> dict[str, Tensor]:
@@ -35,7 +36,7 @@ def made_weights(like: Mapping[str, Tensor], seed: int, gain: float = 1.0) -> di
 
 def made_clip(name: str) -> Tensor:
     """uint8 [t 3 h w]: coloured blobs on a texture; blobs and texture move, and some noise comes on top."""
-    number, height, width = SHAPES[name]
+    number, height, width = (SHAPES | LARGER)[name]
     random = np.random.default_rng([ord(name), height, width])
     texture = random.integers(0, 256, (3, height // 4 + 12, width // 4 + 12)).repeat(4, 1).repeat(4, 2)
     rows, columns = np.mgrid[:height, :width]
