@@ -55,3 +55,19 @@ def made_picture(name: str) -> Tensor:
     """uint8 [3 2h 2w]: the picture of a clip, at twice its size: its first frame, a little darker."""
     frame = made_clip(name)[0].numpy().repeat(2, 1).repeat(2, 2)
     return torch.from_numpy((frame * 0.9).astype(np.uint8))
+
+
+def made_tracks(seed: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """float64 [10 10 2] twice and a short side: points (x, y) of a first and a last frame, by a made-up camera.
+
+    Of five seeds in a row, one camera pans or tilts, one zooms, one does both, one rests, and one is noise.
+    """
+    random = np.random.default_rng([11, seed])
+    height, width = (256, 256) if seed % 2 else (320, 512)
+    y, x = np.meshgrid(np.linspace(10, height - 10, 10), np.linspace(10, width - 10, 10), indexing="ij")
+    first = np.stack([x, y], -1)
+    kind, middle = seed % 5, np.array([width, height]) / 2
+    shift = random.uniform(-12, 12, 2) * random.integers(0, 2, 2) if kind in (0, 2) else np.zeros(2)
+    zoom = 1 + random.uniform(-0.1, 0.1) if kind in (1, 2) else 1.0
+    noise = random.normal(0, 4 if kind == 4 else 0.3, first.shape)
+    return first, middle + (first - middle) * zoom + shift + noise, min(height, width)
