@@ -124,9 +124,12 @@ class MetricCard(Card):
     kind: Literal["set", "per_clip"]
     higher_is_better: bool | None = None  # None (in TOML: left out): neither
     extractor: str = ""
-    needs: tuple[Literal["image", "prompt", "reference", "fps", "siblings", "truth", "takes"], ...] = ()  # of a case
+    needs: tuple[
+        Literal["image", "picture", "prompt", "reference", "fps", "siblings", "truth", "takes"], ...
+    ] = ()  # of a case
     of_reference: bool = False  # per clip: also measured on the reference clips, for comparison
     default: bool = True  # used if a run names no metrics
+    dimension: str = ""  # of a suite such as VBench: see `Metric.counts`
 
 
 ENTRY_POINT = re.compile(r"([A-Za-z_]\w*(\.[A-Za-z_]\w*)*|[^\0]+\.py):[A-Za-z_]\w*")

@@ -47,6 +47,7 @@ class MetricFailed(UserError):
 
 NEEDED = {
     "image": "the input image",
+    "picture": "a picture file",
     "prompt": "a caption",
     "reference": "a reference clip",
     "fps": "a frame rate",
@@ -62,6 +63,7 @@ class View:
 
     clip: Tensor  # uint8 [t 3 h w]: the clip to observe, generated or reference
     image: Tensor | None = None  # uint8 [3 h w], the input image
+    picture: Tensor | None = None  # uint8 [3 h w], of a data set of pictures: the same at the size of its file
     prompt: str | None = None
     reference: Tensor | None = None  # uint8 [t 3 h w]
     fps: float | None = None
@@ -181,6 +183,15 @@ class Metric:
     def observation_key(self) -> str:
         """The first part of the key of a cached observation. Metrics with equal keys share their observations."""
         return digest([self.identity, self.extractor.identity], 32)
+
+    def counts(self, truth: Mapping[str, Any] | None) -> bool:
+        """Whether a clip belongs to the metric. `truth`: facts of its video from its data set.
+
+        The data set of a suite lists under "dimensions" what each clip is scored for. A metric whose card has a
+        `dimension` counts the clips that list it. Without such a list, every clip counts.
+        """
+        listed = (truth or {}).get("dimensions")
+        return not self.card.dimension or listed is None or self.card.dimension in listed
 
     def lacks(self, view: View) -> str | None:
         """A message that names the first input that the metric needs and the case does not have. None: it has all."""

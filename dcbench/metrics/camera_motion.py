@@ -36,7 +36,7 @@ CORNERS = 400  # at most so many, at least 6 px apart
 FEWEST = 12  # corners for a fit of 4 numbers
 NO_REQUEST = (
     'no prompt asks for a camera motion in VBench\'s words, such as "camera pans left"; the details have the share of '
-    "each class in all clips, and camera_motion_flow(asked=CLASS) makes it a score"
+    "each class in all clips, and {}(asked=CLASS) makes it a score"
 )
 
 
@@ -137,7 +137,8 @@ class CameraMotionMetric(ShareMetric):
         details = _details(seen.generated)
         kept = _with_request(seen)
         if not kept.generated:
-            return Score(value=None, reason=NO_REQUEST, n_generated=len(seen.generated), details=details)
+            reason = NO_REQUEST.format(self.card.name)
+            return Score(value=None, reason=reason, n_generated=len(seen.generated), details=details)
         score = super().score(kept)
         return score.model_copy(update={"details": details})
 
@@ -156,15 +157,21 @@ def _details(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     shares = {name: sum(row[name] for row in rows) / len(rows) for name in CLASSES}
     values = {name: [row["value"] for row in rows if row.get("asked") == name] for name in CLASSES}
     right = {name: sum(column) / len(column) for name, column in values.items() if column}
-    agree = sum(row["agree"] for row in rows) / len(rows)
-    return {"share": shares, "right_where_asked": right, "agree": agree}
+    fitted = {"agree": sum(row["agree"] for row in rows) / len(rows)} if "agree" in rows[0] else {}
+    return {"share": shares, "right_where_asked": right, **fitted}
+
+
+def known_asked(card: MetricCard) -> str:
+    """A card's option `asked`. UserError for another value."""
+    asked = card.options.get("asked")
+    if asked not in ("prompt", *CLASSES):
+        raise UserError(f'{card.name}: options.asked is "{asked}"; allowed: prompt, {", ".join(CLASSES)}')
+    return str(asked)
 
 
 def build(card: MetricCard, runtime: Any) -> CameraMotionMetric:
     """Entry point of the card `camera_motion_flow`; options: threshold, asked."""
-    threshold, asked = card.options.get("threshold"), card.options.get("asked")
+    threshold = card.options.get("threshold")
     if not isinstance(threshold, float) or not 0 < threshold < 0.5:
         raise UserError(f"{card.name}: options.threshold is {threshold!r}; expected a number between 0 and 0.5")
-    if asked not in ("prompt", *CLASSES):
-        raise UserError(f'{card.name}: options.asked is "{asked}"; allowed: prompt, {", ".join(CLASSES)}')
-    return CameraMotionMetric(card, threshold, str(asked))
+    return CameraMotionMetric(card, threshold, known_asked(card))

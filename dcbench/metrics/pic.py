@@ -190,6 +190,12 @@ def _shared(kind: str, folder: Path, dino: Path | None, device: str) -> DreamSim
     return DreamSimEmbedder(kind, folder, dino, device)
 
 
+def dreamsim_embedder(kind: str, sources: Sequence[WeightSource], runtime: Any) -> DreamSimEmbedder:
+    """The network of a type of REQUIRED, shared by all metrics of this process. MissingWeights says how to get it."""
+    dino = fetch(DINO, runtime.offline) if kind in ("ensemble", "dino_vitb16") else None
+    return _shared(kind, dreamsim_folder(kind, sources, runtime.offline), dino, runtime.device)
+
+
 def build(card: MetricCard, runtime: Any) -> ConformityMetric:
     """Entry point of the `pic` card; options: dreamsim_type."""
     kind = card.options.get("dreamsim_type", "ensemble")
@@ -198,6 +204,4 @@ def build(card: MetricCard, runtime: Any) -> ConformityMetric:
         raise UserError(
             f'DreamSim type "{kind}" is not known.{near_match(kind, REQUIRED)}{unpinned} Known: {", ".join(REQUIRED)}.'
         )
-    dino = fetch(DINO, runtime.offline) if kind in ("ensemble", "dino_vitb16") else None
-    folder = dreamsim_folder(kind, card.weights, runtime.offline)
-    return ConformityMetric(card, _shared(kind, folder, dino, runtime.device))
+    return ConformityMetric(card, dreamsim_embedder(kind, card.weights, runtime))

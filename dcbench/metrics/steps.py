@@ -62,7 +62,7 @@ class StepMetric(ClipMetric):
 
 
 def build(card: MetricCard, runtime: Any) -> StepMetric:
-    """Entry point of the cards `flicker` and `loop_seam`; options: kind."""
+    """Entry point of the cards `flicker`, `temporal_flickering` and `loop_seam`; options: kind."""
     kind = card.options.get("kind")
     if kind not in ("flicker", "loop_seam"):
         raise UserError(f'{card.name}: options.kind is "{kind}"; allowed: flicker, loop_seam')

@@ -50,6 +50,7 @@ class Seen:
     generated: dict[str, dict[str, Any]] = field(default_factory=dict)  # key -> case id -> observation
     reference: dict[str, dict[str, Any]] = field(default_factory=dict)
     lacking: dict[str, dict[str, str]] = field(default_factory=dict)  # key -> case id -> the missing input
+    outside: dict[str, dict[str, str]] = field(default_factory=dict)  # key -> case id -> "": see `Metric.counts`
     # case id -> hashes of [reference, generated]; "": none. Also of the cases apart, which are not generated
     pixels: dict[str, list[str]] = field(default_factory=dict)
     decoders: dict[str, str] = field(default_factory=dict)  # case id -> the decoder of the reference
@@ -58,7 +59,7 @@ class Seen:
     lost: list[str] = field(default_factory=list)  # clips that could not be read for a reason that may pass, and why
 
     def merge(self, other: "Seen") -> None:
-        for name in ("generated", "reference", "lacking"):
+        for name in ("generated", "reference", "lacking", "outside"):
             mine: dict[str, dict[str, Any]] = getattr(self, name)
             for key, table in getattr(other, name).items():
                 mine.setdefault(key, {}).update(table)
@@ -92,6 +93,7 @@ class Prepared:
     reference: Tensor | None
     generated: Tensor | None
     siblings: Sequence[Tensor] | None  # of the first clip of an item: the other clips, if a metric needs them
+    picture: Tensor | None  # the input image at the size of its file, if a metric needs it
     truth: Mapping[str, Any] | None
     seen: Seen
     protocol: Protocol
@@ -115,9 +117,12 @@ def observe(run: Run, metrics: Sequence[Metric], cache: FeatureCache | None, cas
     for case in run.cases if any("siblings" in metric.card.needs for metric in distinct) else ():
         of_item[case.item_id].append(case)
 
+    with_picture = any("picture" in metric.card.needs for metric in distinct)
+
     def prepare(case: Case) -> Prepared:
         siblings = [other for other in of_item[case.item_id] if case.is_first and other.id != case.id]
         done = _read(run, case, Seen(), run.has_generated(case), siblings)
+        done.picture = _picture(run, case) if with_picture else None
         if run.protocol.reference_videos == "disjoint" and case.apart:
             done.apart = _read(run, case.apart, done.seen, generated=False)
         for metric in parallel:
@@ -162,7 +167,15 @@ def _read(run: Run, case: Case, seen: Seen, generated: bool, siblings: Sequence[
     item = run.items.get(case.source_id)
     others = _readable(run, siblings)
     truth, takes = (item.truth, item.takes) if item else (None, None)
-    return Prepared(case, image, reference, made, others, truth, seen, run.protocol, takes)
+    return Prepared(case, image, reference, made, others, None, truth, seen, run.protocol, takes)
+
+
+def _picture(run: Run, case: Case) -> Tensor | None:
+    """The picture of a case at the size of its file, uint8 [3 h w]. None: its image is a frame of a video."""
+    item = run.items.get(case.source_id)
+    if item is None or not case.frames or run.has_reference(case):
+        return None
+    return item.video.read([case.frames[case.condition_frame]])[0]
 
 
 def _readable(run: Run, cases: Sequence[Case]) -> list[Tensor] | None:
@@ -220,6 +233,9 @@ def _views(metric: Metric, of: Prepared) -> Iterator[tuple[Prepared, View, dict[
     for side, clip, table in sides:
         if clip is None or (metric.of_items and not side.case.is_first):
             continue
+        if not metric.counts(side.truth):
+            of.seen.outside.setdefault(metric.observation_key, {})[of.case.id] = ""
+            continue
         if is_set and of.protocol.scored_frames == "without_condition":
             clip = torch.cat([clip[: side.case.condition_frame], clip[side.case.condition_frame + 1 :]])
         elif is_set and of.protocol.scored_frames == "between":
@@ -235,6 +251,7 @@ def _view(metric: Metric, clip: Tensor, of: Prepared) -> View:
     """A clip with the inputs that the metric's card `needs`. The metric gets no others, so it cannot depend on them."""
     known: dict[str, Any] = {
         "image": of.image,
+        "picture": of.picture,
         "prompt": of.case.prompt if of.image is not None and of.case.prompt.strip() else None,
         "reference": of.reference,
         "fps": of.case.fps,
@@ -273,8 +290,9 @@ def _key(metric: Metric, view: View, of: Prepared) -> str:
     needed = {name: getattr(view, name) for name in sorted(metric.card.needs)}
     if "reference" in needed:
         needed["reference"] = hashes[0]
-    if "image" in needed:
-        needed["image"] = pixels_sha256(needed["image"])
+    for name in ("image", "picture"):
+        if needed.get(name) is not None:
+            needed[name] = pixels_sha256(needed[name])
     if "takes" in needed:
         needed["takes"] = needed["takes"].sha256
     if "siblings" in needed:
@@ -310,6 +328,9 @@ def score_all(seen: Seen, metrics: Metrics, cases: Sequence[Case], fingerprint: 
 
 def _score(metric: Metric, seen: Seen, cases: Sequence[Case]) -> Score:
     observed, lacking = seen.of(metric, cases), seen.lacking.get(metric.observation_key, {})
+    outside, dimension = len(seen.outside.get(metric.observation_key, {})), metric.card.dimension
+    if outside and not (observed.generated or lacking):
+        raise UserError(f"none of the {outside} clips is of the dimension {dimension}: their data set lists others")
     if metric.compares_sets and not (observed.reference and observed.generated):
         sizes = f"{len(observed.reference)} reference and {len(observed.generated)} generated clips: nothing to compare"
         raise UserError(next(iter(lacking.values()), sizes))
@@ -321,6 +342,8 @@ def _score(metric: Metric, seen: Seen, cases: Sequence[Case]) -> Score:
     if observed.reference and not metric.compares_sets:
         reference = Observations(observed.reference, groups=observed.reference_groups)
         score.details["reference_value"] = metric.score(reference).value
+    if outside:
+        score.details["subset"] = {"dimension": dimension, "clips": len(observed.generated), "other_clips": outside}
     if lacking:
         score.warnings = [*score.warnings, f"{len(lacking)} clips do not count: {next(iter(lacking.values()))}"]
     return score

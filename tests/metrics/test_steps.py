@@ -117,5 +117,15 @@ def test_what_they_refuse(flicker: ClipMetric, loop_seam: ClipMetric) -> None:
 
 
 def test_flicker_is_no_other_name_of_the_warping_error() -> None:
-    assert find_metric("flicker").name == "flicker" == find_metric("temporal_flickering").name
+    assert find_metric("flicker").name == "flicker"
     assert "flicker" not in find_metric("warp_error").aliases
+
+
+def test_vbenchs_dimension_is_flicker(flicker: ClipMetric) -> None:
+    """One implementation, two names: the second counts only the clips that VBench scores for it."""
+    dimension = load_entry_point(find_metric("temporal_flickering"))(find_metric("temporal_flickering"), Runtime())
+    clip = noise(5, 3, 12, 16)
+    assert observed(dimension, [clip]) == observed(flicker, [clip])
+    listed = {"dimensions": ["i2v_subject"]}
+    assert flicker.counts(listed) and dimension.counts(None) and dimension.counts({"scene": 1})
+    assert not dimension.counts(listed) and dimension.counts({"dimensions": ["temporal_flickering"]})
