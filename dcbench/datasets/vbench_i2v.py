@@ -52,6 +52,7 @@ CAMERA = {  # what a prompt of the dimension camera_motion says -> the motion th
     "camera static": "static",
 }
 SHOWN = 3  # entries of an error
+LARGEST = 1e6  # pixels of a side
 DICE = 123  # seed of the place of a cut, in VBench's own tool
 Box = tuple[int, int, int, int]  # left, top, width, height
 
@@ -77,7 +78,14 @@ class Cut(Picture):
         made, kind = io.BytesIO(), Image.registered_extensions().get(self.path.suffix.lower())
         try:
             with without_bombs(), Image.open(io.BytesIO(read_bytes(self.path))) as file:
+                if left + width > file.width or top + height > file.height:
+                    raise UserError(
+                        f"{self.path} has {file.width}x{file.height} pixels, and its box {self.box} (left, top, width, "
+                        "height) is not inside. Is it the picture that the boxes were drawn on?"
+                    )
                 file.crop((left, top, left + width, top + height)).save(made, kind)
+        except UserError:
+            raise
         except (OSError, ValueError, KeyError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
             raise UserError(f"{self.path} is no picture that can be cut: {first_line(error)}") from error
         return made.getvalue()
@@ -200,9 +208,9 @@ def find_box(facts: Mapping[str, Any], ratio: str) -> Box:
 
     UserError for a ratio below 1 or above 16/9, and for boxes that leave no room.
     """
-    if ratio in (known := facts.get("diff_ratio_crop") or {}):
+    known, first, second = (_table(facts, name) for name in ("diff_ratio_crop", "first_crop", "second_crop"))
+    if ratio in known:
         return _as_box(known[ratio], f"diff_ratio_crop of {ratio}")
-    first, second = facts.get("first_crop") or {}, facts.get("second_crop") or {}
     left, top, *_ = _as_box(first.get("first_bbox"), "first_bbox")
     x, y, width, height = cut_between(second, ratio)
     return left + x, top + y, width, height
@@ -233,9 +241,19 @@ def _draw(start: int, length: int, inner: int, whole: int, ratio: str) -> int:
     return random.Random(DICE).randint(low, high)
 
 
+def _table(facts: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """An object inside an entry; {} if it is not there."""
+    found = facts.get(name) or {}
+    if not isinstance(found, Mapping):
+        raise UserError(f"{name} is {found!r}; expected an object")
+    return found
+
+
 def _as_box(value: Any, what: str) -> Box:
-    numbers = [int(n) for n in value if isinstance(n, int | float)] if isinstance(value, list | tuple) else []
-    if len(numbers) != 4 or min(numbers) < 0 or min(numbers[2:]) < 1:
+    """Four numbers, cut off to whole pixels as in VBench's tool."""
+    given = value if isinstance(value, list) else []
+    numbers = [int(n) for n in given if isinstance(n, int | float) and 0 <= n < LARGEST]
+    if len(numbers) != 4 or len(given) != 4 or min(numbers[2:]) < 1:
         raise UserError(f"{what} is {value!r}; expected four numbers: left, top, width, height")
     return numbers[0], numbers[1], numbers[2], numbers[3]
 

@@ -138,6 +138,9 @@ def test_boxes_are_the_published_ones(facts: dict[str, Any], ratio: str, box: tu
     [
         ({}, "9-16", "the ratio 9-16 is not between 1-1 and 16-9"),
         ({}, "2-1", "the ratio 2-1 is not between"),
+        ({"first_crop": []}, "5-4", "first_bbox is None"),
+        ({"first_crop": "all"}, "5-4", "first_crop is 'all'; expected an object"),
+        ({"first_crop": {"first_bbox": [0, 0, 1e999, 4]}}, "5-4", "first_bbox is"),
         ({"first_crop": {}}, "5-4", "first_bbox is None; expected four numbers"),
         ({"second_crop": {"width": 9, "height": 9, "second_bbox": [0, 0, 0, 4]}}, "5-4", "second_bbox is"),
         ({"second_crop": {"width": 90, "height": 90, "second_bbox": [0, 0, 90, 90]}}, "5-4", "leave no room"),
@@ -167,6 +170,13 @@ def test_a_cut_is_stored_as_pillow_stores_it(made: Path):
     Image.open(item.video.path).crop((left, top, left + width, top + height)).save(stored, "JPEG")
     assert stored.getvalue() == item.video.data()
     assert np.array_equal(np.array(Image.open(stored)), item.video.read([0])[0].permute(1, 2, 0).numpy())
+
+
+def test_a_box_outside_its_picture_is_refused(made: Path):
+    """Pillow would fill it up with black."""
+    picture = made / ORIGINS / "a calm sea under an evening sky.jpg"
+    with pytest.raises(UserError, match=r"has 144x96 pixels, and its box .* is not inside"):
+        Cut(picture, (100, 0, 45, 10)).data()
 
 
 # --- what is refused ---
