@@ -76,14 +76,9 @@ def value_of(scores: Mapping[str, Score], name: str) -> float | None:
 
 
 def lacking(of: Sum, scores: Mapping[str, Score]) -> list[str]:
-    """Each score that a total needs and that has no value, with the reason."""
-    found = []
-    for name in of.factors:
-        if name not in scores:
-            found.append(f"{name} was not scored")
-        elif scores[name].value is None:
-            found.append(f"{name} has no value ({(scores[name].reason or 'not computed').splitlines()[0]})")
-    return found
+    """The scores that a total needs and that have no value. Those that were scored have reasons of their own."""
+    known = {name: " (not scored)" if name not in scores else " (no value)" for name in of.factors}
+    return [f"{name}{why}" for name, why in known.items() if value_of(scores, name) is None]
 
 
 def partial(total: Total, totals: Sequence[Total], scores: Mapping[str, Score]) -> Score | None:
@@ -97,7 +92,7 @@ def partial(total: Total, totals: Sequence[Total], scores: Mapping[str, Score]) 
     if part is None or not missing:
         return None
     values = {name: value for name in part.factors if (value := value_of(scores, name)) is not None}
-    left = f"it lacks {len(missing)} of {len(whole.factors)} parts: {'; '.join(missing)}"
+    left = f"it lacks {len(missing)} of {len(whole.factors)} parts: {', '.join(missing)}"
     return Score(
         value=part.value(values),
         reason=f"Partial, no official number: {left}. The weights of the other parts share out what is left.",

@@ -171,17 +171,17 @@ def test_a_missing_part_is_no_zero():
     scores, rows = scored(cases, {"x": {case.id: 1.0 for case in cases}})
     without = total_scores([TWO], scores, rows, cases, "f")["t"]
     assert without.value is None and without.reason is not None
-    assert without.reason.startswith("it lacks 1 of 2 parts: y was not scored.") and "--partial" in without.reason
+    assert without.reason.startswith("It lacks 1 of 2 parts: y (not scored).") and "--partial" in without.reason
     null = scores | {"y": Score(value=None, reason="weights are missing\nfetch them")}
     reason = total_scores([TWO], null, rows, cases, "f")["t"].reason
-    assert reason is not None and "y has no value (weights are missing)" in reason
+    assert reason is not None and "It lacks 1 of 2 parts: y (no value)." in reason
     assert total_scores([TWO], {}, {}, cases, "f") == {}  # none of its metrics was asked for
 
 
 def test_a_partial_total_names_what_it_lacks_and_has_no_direction():
     found = partial(TWO, [TWO], {"x": Score(value=1.0), "y": Score(value=None, reason="why")})
     assert found is not None and found.value == 0.5 and found.reason is not None
-    assert found.reason.startswith("Partial, no official number: it lacks 1 of 2 parts: y has no value (why)")
+    assert found.reason.startswith("Partial, no official number: it lacks 1 of 2 parts: y (no value)")
     assert found.higher_is_better is None and found.ci95 is None
     assert partial(TWO, [TWO], {"x": Score(value=1.0), "y": Score(value=1.0)}) is None
     assert partial(TWO, [TWO], {}) is None

@@ -32,7 +32,7 @@ def total_scores(
         if not whole.factors.keys() & scores.keys():
             continue
         if missing := lacking(whole, scores):
-            reason = f"it lacks {len(missing)} of {len(whole.factors)} parts: {'; '.join(missing)}."
+            reason = f"It lacks {len(missing)} of {len(whole.factors)} parts: {', '.join(missing)}."
             score = Score(value=None, reason=f"{reason} `dcbench report --partial` shows the total of the others")
         else:
             score = _score(whole, scores, rows, cases)
