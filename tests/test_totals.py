@@ -228,7 +228,10 @@ def covered(runs: int, effect: Callable[[np.random.Generator], float]) -> float:
         for prompt in range(1 if subject else 8):
             cases.append(Case(id=f"c{len(cases):04d}", group=f"g{k:03d}", **common))
             dimensions.append(("camera_motion",) if prompt else (*mine, "aesthetic_quality", "imaging_quality"))
-    truth, held = of("total", dict.fromkeys(PARTS, 0.8)), 0
+    whole = expand(VBENCH[2], VBENCH)
+    assert whole is not None  # the same total on another scale, so that only its own interval is computed
+    total = Total(name="t", title="T", parts=tuple(Part(score=n, weight=f) for n, f in whole.factors.items()))
+    held = 0
     for number in range(runs):
         dice = np.random.default_rng(number)
         shared = {case.cluster: effect(dice) for case in cases}
@@ -241,12 +244,12 @@ def covered(runs: int, effect: Callable[[np.random.Generator], float]) -> float:
             for case, names in zip(cases, dimensions, strict=True)
         }
         scores = {name: Score(value=math.fsum(c.values()) / len(c)) for name, c in columns.items()}
-        low, high = total_scores(VBENCH, scores, rows, cases, "f")["vbench_i2v_total"].ci95 or (0, 0)
-        held += low <= truth <= high
+        low, high = total_scores([total], scores, rows, cases, "f")["t"].ci95 or (0, 0)
+        held += low <= 0.8 <= high
     return held / runs
 
 
 @pytest.mark.slow
 def test_the_intervals_of_the_total_hold_the_truth():
-    """Measured over 400 made-up runs: 94.5 %, and 95 % with skewed effects (exponential)."""
-    assert 0.90 <= covered(100, lambda dice: 0.1 * float(dice.standard_normal())) <= 1.0
+    """Measured: 94.5 %, and 95 % with skewed effects (exponential). Of 400 runs, 92.8 to 97.2 % are within chance."""
+    assert 0.928 <= covered(400, lambda dice: 0.1 * float(dice.standard_normal())) <= 0.972
