@@ -17,9 +17,13 @@ from dcbench.files import read_bytes
 
 def read_image(path: Path) -> Tensor:
     """A picture file -> uint8 [3, h, w]; turned as its camera says, transparency over white."""
-    data = io.BytesIO(read_bytes(path))
+    return decode_image(read_bytes(path), path)
+
+
+def decode_image(data: bytes, path: Path) -> Tensor:
+    """`read_image` of the content of a file. `path`: its name for errors."""
     try:
-        with _without_bombs(), Image.open(data) as file:
+        with without_bombs(), Image.open(io.BytesIO(data)) as file:
             picture = ImageOps.exif_transpose(file)
             if picture.mode.startswith(("I", "F")):
                 picture = _grey(picture, file.format)
@@ -35,7 +39,7 @@ def read_image(path: Path) -> Tensor:
 
 
 @contextlib.contextmanager
-def _without_bombs() -> Iterator[None]:
+def without_bombs() -> Iterator[None]:
     """A picture of more than 89 million pixels is an error; Pillow only warns up to twice as many."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)

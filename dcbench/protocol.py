@@ -10,18 +10,20 @@ import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 from typing import Protocol as Interface
 
 from pydantic import Field, model_validator
 
-from dcbench.catalogue import CODE_OPTIONS, ClipShape, find_metric
+from dcbench.catalogue import CODE_OPTIONS, ClipShape, cards, find_metric
 from dcbench.errors import UserError
 from dcbench.facts import Facts, find_toml, read_facts, validate
 from dcbench.files import digest
 from dcbench.record import Case, Excluded, check_clip_id
 from dcbench.seeding import clip_seed
+from dcbench.totals import Total
 
 FOLDER = Path(__file__).parent / "protocols"
 METRIC_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(\([^()]*\))?")  # no path
@@ -75,6 +77,7 @@ class Protocol(Facts):
     # its table where the command line names none: names, or name(option=value); (): the usual metrics. No clip and no
     # score depends on it, so the fingerprint does not cover it
     metrics: tuple[str, ...] = _later(())
+    total: tuple[Total, ...] = _later(())  # scores made from others; like `metrics`, not in the fingerprint
     dataset_options: dict[str, Any] = {}
     # values for single datasets: any field above
     datasets: dict[str, dict[str, Any]] = {}
@@ -109,6 +112,22 @@ class Protocol(Facts):
                 raise ValueError(
                     f'metrics: "{name}" is no name of a metric; expected name or name(option=value). A card of your '
                     "own is given on the command line: --metrics CARD.toml"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _totals_have_names(self) -> "Protocol":
+        """A total is made of metrics and of totals above it, so there is no circle."""
+        names = [total.name for total in self.total]
+        for place, total in enumerate(self.total):
+            parts = [part.score for part in total.parts]
+            if twice := [name for name, count in Counter(names).items() if count > 1]:
+                raise ValueError(f'total: the name "{twice[0]}" is there twice')
+            if twice := [name for name, count in Counter(parts).items() if count > 1]:
+                raise ValueError(f'total {total.name}: the part "{twice[0]}" is there twice')
+            if later := [name for name in parts if name in names[place:]]:
+                raise ValueError(
+                    f'total {total.name}: its part "{later[0]}" is no earlier total; put that one above it'
                 )
         return self
 
@@ -175,7 +194,7 @@ class Protocol(Facts):
 
     def identity(self) -> dict[str, Any]:
         """The fields that the fingerprint covers: those that decide clips and pixels, but not what a model decides."""
-        left_out = {"title", "summary", "metrics", "datasets"}
+        left_out = {"title", "summary", "metrics", "total", "datasets"}
         left_out |= {"num_frames", "fps"} if self.frames == "model" else set()
         left_out |= {"height", "width"} if self.size == "model" else set()
         return self.model_dump(mode="json", exclude=left_out)
@@ -210,14 +229,23 @@ def protocols() -> dict[str, Protocol]:
     return {protocol.name: protocol for protocol in found}
 
 
+@cache
+def shipped_totals() -> dict[str, Total]:
+    """The totals of the protocols that come with dcbench, by name."""
+    return {total.name: total for protocol in protocols().values() for total in protocol.total}
+
+
 def find_protocol(name: str) -> Protocol:
     """A protocol by name, or by the path of a TOML file. UserError if it names a metric that is not known here."""
     path = find_toml("protocol", name, FOLDER)
     protocol: Protocol = read_facts(path, Protocol)
     for dataset in (None, *protocol.datasets):
         try:
-            for metric in (protocol.resolved(dataset) if dataset else protocol).metrics:
+            chosen = protocol.resolved(dataset) if dataset else protocol
+            for metric in chosen.metrics:
                 find_metric(metric)
+            if taken := [total.name for total in chosen.total if total.name in cards("metrics")]:
+                raise UserError(f'the total "{taken[0]}" has the name of a metric; choose another')
         except UserError as error:
             raise UserError(f"{path}, metrics{f' for {dataset}' if dataset else ''}: {error}") from error
     return protocol

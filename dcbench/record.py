@@ -137,7 +137,7 @@ class Score(Stored):
     fingerprint: str = ""
     warnings: list[str] = []
     details: dict[str, Any] = {}
-    reason: str | None = None  # why value is None, and what to do
+    reason: str | None = None  # why value is None, and what to do; with a value: what it lacks
 
     @model_validator(mode="after")
     def _value_is_inside_its_interval(self) -> "Score":

@@ -74,7 +74,7 @@ class FileFacts(NamedTuple):
     @property
     def decoder(self) -> str:
         """Which decoder "auto" reads this file with."""
-        if self.codec == "procedural":
+        if self.codec in ("procedural", "pillow"):  # no video file
             return self.codec
         return "decord" if self.decord_exact and self.codec != "ffv1" else "pyav"
 

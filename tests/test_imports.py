@@ -11,7 +11,7 @@ PACKAGE = ROOT / "dcbench"
 LEVELS = {
     "errors": 0, "version": 0, "escape": 0, "facts": 2, "files": 1, "shapes": 5,
     "catalogue": 3, "record": 3, "progress": 1, "seeding": 1,
-    "clips": 4, "trust": 4, "weights": 5, "machine": 4, "protocol": 4, "pictures": 4,
+    "clips": 4, "trust": 4, "weights": 5, "machine": 4, "totals": 3.5, "protocol": 4, "pictures": 4,
     "programs": 4, "supervisor": 0, "video_files": 4, "video_worker": 4, "video_processes": 4, "video": 5, "takes": 5.5,
     "models": 6, "datasets": 6, "metrics": 6,
     "ranks": 7, "runs": 9, "animate": 8, "training": 8, "reports": 11,
@@ -27,6 +27,7 @@ NO_TORCH = (
     "runs/directory",
     "progress",
     "protocol",
+    "totals",
     "cli/app",
     "cli/evaluate",
     "cli/options",

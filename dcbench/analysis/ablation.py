@@ -22,7 +22,7 @@ from dcbench.files import digest, read_json, sha256_file, write_json
 from dcbench.protocol import Protocol
 from dcbench.record import read_record
 from dcbench.reports import write_frames
-from dcbench.reports.tables import load_results
+from dcbench.reports.results import load_results
 from dcbench.runs import planning
 from dcbench.runs.run import Options, Run
 from dcbench.runs.sampling import sample

@@ -64,6 +64,8 @@ def compare_runs(first: Path, second: Path, options: Options, metrics: Sequence[
                 compared.found[name] = _paired(values, both, one)
             elif one.replicates and two.replicates and one.replicates.design == two.replicates.design:
                 compared.found[name] = compare_scores(one, two)
+            elif "parts" in one.metric.get("options", {}):
+                compared.reasons[name] = "a total, and the runs lost other clips, or it has no interval"
             else:
                 sets[name] = metric_of(name, one, options.runtime(), given.get(name))
         except UserError as error:

@@ -254,6 +254,13 @@ def report(
         bool,
         typer.Option("--discrepancies", help="Published numbers of one model, data set and metric that differ."),
     ] = False,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Also totals that lack parts, such as VBench's; marked as partial.")
+    ] = False,
+    vbench: Annotated[
+        Path | None,
+        typer.Option("--vbench", help="Only write VBench-I2V's result files and zip for its leaderboard here."),
+    ] = None,
 ) -> None:
     """Merge runs into one table (Markdown, LaTeX, CSV, HTML) with the published numbers.
 
@@ -264,20 +271,23 @@ def report(
     of_tables = {"--published": published, "--notes": notes, "--clips": clips, "--clips-by": clips_by}
     of_runs = of_tables | {"--metrics": metrics, "--compare": compare or None}
     if discrepancies:
-        _refuse(of_runs, "--discrepancies")
+        _refuse(of_runs | {"--partial": partial or None, "--vbench": vbench}, "--discrepancies")
         _report_discrepancies([str(name) for name in runs], out)
     elif not runs:
         raise UserError("give run directories or record.json files: dcbench report runs/a runs/b")
+    elif vbench:
+        _refuse(of_runs | {"--out": out}, "--vbench")
+        _write_vbench(runs, vbench, partial)
     elif any((path / "suite.json").is_file() for path in runs):
-        _refuse(of_runs, "folders of suites")
+        _refuse(of_runs | {"--partial": partial or None}, "folders of suites")
         _report_suites(runs)
     elif compare:
-        _refuse(of_tables, "--compare")
+        _refuse(of_tables | {"--partial": partial or None}, "--compare")
         _report_comparison(runs, out or LATEST, names(metrics) or ())
     else:
         from dcbench.reports import Choices
 
-        choices = Choices(names(metrics) or (), published, notes, clips or Choices.clips, clips_by)
+        choices = Choices(names(metrics) or (), published, notes, clips or Choices.clips, clips_by, partial)
         _report(runs, out or LATEST, choices)
 
 
@@ -287,6 +297,18 @@ def _report_discrepancies(models: Sequence[str], out: Path | None) -> None:
     print(shown(write_discrepancies(models, out)))
     if out:
         print(f"report: {out}")
+
+
+def _write_vbench(runs: Sequence[Path], out: Path, partial: bool) -> None:
+    """Write VBench's files of each run. UserError if two runs would write the same ones."""
+    from dcbench.record import read_record
+    from dcbench.reports.vbench import write_results
+
+    models = [str(read_record(path).plan.model["name"]) for path in runs]
+    if twice := next((name for name in models if models.count(name) > 1), None):
+        raise UserError(f"two of the runs are of {twice}, and its files have its name; give each a folder of its own")
+    for path in runs:
+        print(shown(write_results(path, out, partial)))
 
 
 def _report_suites(paths: Sequence[Path]) -> None:

@@ -2,13 +2,16 @@
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dcbench.cli.options import Data, Limit, ProtocolName, Seed
 from dcbench.errors import UserError
 from dcbench.escape import screen
+
+if TYPE_CHECKING:
+    from dcbench.catalogue import ClipShape
 
 data = typer.Typer(no_args_is_help=True, help="Make or verify a dataset's files.")
 cache = typer.Typer(no_args_is_help=True, help="List or empty the feature cache.")
@@ -17,7 +20,7 @@ doctor = typer.Typer(invoke_without_command=True, help="Show what is installed, 
 
 @data.command("make")
 def data_make(
-    dataset: Annotated[str, typer.Argument(help="A procedural dataset, shapes; or physics-iq.")],
+    dataset: Annotated[str, typer.Argument(help="A procedural dataset, shapes; or physics-iq, vbench-i2v.")],
     layout: Annotated[str | None, typer.Option("--layout", help="Of shapes: ucf101 or msrvtt.")] = None,
     videos: Annotated[
         int | None,
@@ -27,12 +30,16 @@ def data_make(
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Default: data/<layout>.")] = None,
     size: Annotated[
-        int | None, typer.Option("--size", min=16, max=2048, help="Height of the frames, in pixels.")
+        int | None,
+        typer.Option("--size", min=16, max=2048, help="Height of the frames, or of wide pictures, in pixels."),
     ] = None,
 ) -> None:
     """Write a procedural dataset as video files in the official layout of another dataset."""
-    if dataset == "physics-iq":
-        _make_physics_iq(layout, videos, out or Path("data") / dataset, size)
+    if dataset in ("physics-iq", "vbench-i2v"):
+        if layout is not None or videos is not None:
+            raise UserError(f"dcbench data make {dataset} has one layout and one number of items; leave both out")
+        target = out or Path("data") / dataset
+        print(_make_suite(dataset, target, size) + f" --dataset {dataset} --data {target}")
         return
     if layout is None or videos is None:
         raise UserError(f"dcbench data make {dataset} needs --layout (ucf101 or msrvtt) and --videos")
@@ -51,13 +58,17 @@ def data_make(
     print(f"{parts} videos are in {target}. Use them: dcbench run --model zoom --dataset {layout} --data {target}")
 
 
-def _make_physics_iq(layout: str | None, videos: int | None, out: Path, size: int | None) -> None:
-    from dcbench.datasets.made_events import HEIGHT, make_suite
+def _make_suite(dataset: str, out: Path, size: int | None) -> str:
+    """Write a made-up suite of a benchmark. Returns what was written, and how to use it, up to the data set."""
+    if dataset == "physics-iq":
+        from dcbench.datasets import made_events
 
-    if layout is not None or videos is not None:
-        raise UserError("dcbench data make physics-iq has one layout and one number of videos; leave both out")
-    count = make_suite(out, size or HEIGHT)
-    print(f"{count} videos are in {out}. Use them: dcbench run --model still --dataset physics-iq --data {out}")
+        count = made_events.make_suite(out, size or made_events.HEIGHT)
+        return f"{count} videos are in {out}. Use them: dcbench run --model still"
+    from dcbench.datasets import made_pictures
+
+    count = made_pictures.make_suite(out, size or made_pictures.SIDE)
+    return f"{count} prompts are in {out}. Use them: dcbench run --model zoom --samples 1"
 
 
 @data.command("verify")
@@ -101,6 +112,10 @@ def data_inputs(
     data: Data = None,
     limit: Limit = None,
     seed: Seed = 123,
+    size: Annotated[
+        str | None,
+        typer.Option("--size", help="WIDTHxHEIGHT of the system's clips, for vbench-i2v: the pictures depend on it."),
+    ] = None,
 ) -> None:
     """Write the protocol's input images and prompts as files, for a system that dcbench cannot run."""
     from dcbench.catalogue import find_dataset
@@ -108,13 +123,25 @@ def data_inputs(
     from dcbench.runs.inputs import write_inputs
 
     card = find_dataset(dataset)
-    count = write_inputs(card, find_protocol(protocol or card.protocol), out, data, seed, limit)
+    count = write_inputs(card, find_protocol(protocol or card.protocol), out, data, seed, limit, shape=_shape(size))
     where = (f" --data {data}" if data else "") + (f" --protocol {protocol}" if protocol else "")
     print(
-        f"{count} inputs are in {out}: inputs.jsonl names images and prompts. Put a video <clip_id>.mp4 for each into "
-        f"a folder CLIPS, then:\n"
+        f"{count} inputs are in {out}: inputs.jsonl names images and prompts. Put a video for each, with the "
+        f"name `file` of its line, into a folder CLIPS, then:\n"
         f"  dcbench run --model CLIPS --dataset {dataset}{where} --manifest {out / 'manifest.jsonl'}"
     )
+
+
+def _shape(text: str | None) -> "ClipShape | None":
+    """The size of clips, from "512x320"."""
+    from dcbench.catalogue import ClipShape
+
+    if text is None:
+        return None
+    found = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text.strip().lower())
+    if found is None:
+        raise UserError(f"--size {text!r}: expected WIDTHxHEIGHT in pixels, such as 1280x720")
+    return ClipShape(width=int(found[1]), height=int(found[2]))
 
 
 @cache.command("list")

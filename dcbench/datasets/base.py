@@ -4,14 +4,15 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, runtime_checkable
+from typing import Protocol as Interface
 
 from dcbench.catalogue import DatasetCard, load_entry_point
 from dcbench.errors import UserError, near_match
 from dcbench.takes import Takes
 from dcbench.video import Video, VideoError, VideoInfo
 
-__all__ = ["Dataset", "Item", "Video", "VideoError", "VideoInfo", "find_root", "load_dataset"]
+__all__ = ["Dataset", "Item", "Shaped", "Video", "VideoError", "VideoInfo", "find_root", "load_dataset"]
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,28 @@ class Item:
     film: bool = False  # only for metrics of sets to compare with; never animated
     truth: Mapping[str, Any] | None = None  # JSON values: what the video shows, for metrics that need it
     takes: Takes | None = None  # of a picture: two recordings of what happened next
+    clip_name: str = ""  # the name that a benchmark wants for its clip, without ending; "": the clip's id
 
 
-class Dataset(Protocol):
+class Dataset(Interface):
     """`items` gives the videos of a split, sorted by id."""
 
     def items(self, split: str) -> Sequence[Item]: ...
 
     def splits(self) -> tuple[str, ...]: ...
+
+
+@runtime_checkable
+class Shaped(Interface):
+    """A data set whose pictures lie there in several shapes."""
+
+    def for_shape(self, height: int, width: int) -> Dataset:
+        """The data set with the pictures for clips of this size. UserError if one is missing."""
+        ...
+
+    def every_picture(self) -> Sequence[Item]:
+        """An item for each picture in each shape that is there, to check the files."""
+        ...
 
 
 def find_root(card: DatasetCard, data: Path | None) -> Path | None:

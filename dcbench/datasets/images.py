@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,7 +16,8 @@ from dcbench.catalogue import DatasetCard
 from dcbench.datasets.base import Item, VideoError, VideoInfo
 from dcbench.datasets.text import open_text
 from dcbench.errors import UserError, as_text, near_match
-from dcbench.pictures import read_image
+from dcbench.files import read_bytes
+from dcbench.pictures import decode_image
 from dcbench.video import VideoFile
 from dcbench.video_files import SUFFIXES, find_files, make_ids
 
@@ -32,15 +34,23 @@ class Picture:
     path: Path
 
     def info(self) -> VideoInfo:
-        height, width = self._pixels().shape[1:]
-        return VideoInfo(1, 1.0, height, width, "pillow")
+        return self._info
 
     def read(self, indices: Sequence[int]) -> Tensor:
         return self._pixels().expand(len(indices), -1, -1, -1)
 
+    def data(self) -> bytes:
+        """The content of the picture file. UserError if it cannot be read."""
+        return read_bytes(self.path)
+
+    @cached_property
+    def _info(self) -> VideoInfo:  # items may share a picture, and a large one takes long to decode
+        height, width = self._pixels().shape[1:]
+        return VideoInfo(1, 1.0, height, width, "pillow")
+
     def _pixels(self) -> Tensor:
         try:
-            return read_image(self.path)
+            return decode_image(self.data(), self.path)
         except UserError as error:
             raise VideoError(str(error)) from error
 

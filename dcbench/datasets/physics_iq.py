@@ -74,6 +74,7 @@ class PhysicsIQ:
             group=first.scenario,
             truth=truth,
             takes=Takes(self._take(first), self._take(second)),
+            clip_name=f"{first.number}_{first.view}_{first.scenario}",
         )
 
     def _take(self, of: Recording) -> Take:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dcbench.datasets.base import Dataset, Item
+from dcbench.datasets.base import Dataset, Item, Shaped
+from dcbench.datasets.images import Picture
 from dcbench.errors import UserError, as_text
 from dcbench.progress import track
 from dcbench.video import FileFacts, PassingError, VideoFile, examine, in_order
@@ -63,14 +64,17 @@ class Verification:
 def verify(
     dataset: Dataset, split: str, root: Path | None = None, min_frames: int = 16, workers: int = 2, quiet: bool = False
 ) -> Verification:
-    """Decode every video of a split in `workers` processes. With `root`, also list files that are in no split."""
-    items = dataset.items(split)
+    """Decode every video of a split in `workers` processes. With `root`, also list files that are in no split.
+
+    Of a data set with pictures in several shapes, every picture is decoded.
+    """
+    items = dataset.every_picture() if isinstance(dataset, Shaped) else dataset.items(split)
     result = Verification(split, min_frames=min_frames)
     same: dict[str, list[str]] = defaultdict(list)
     found = in_order(_examine, items, workers)
     for item, facts in track(zip(items, found, strict=True), len(items), f"verifying {split}", quiet=quiet):
         result.checked += 1
-        path = item.video.path if isinstance(item.video, VideoFile) else None
+        path = item.video.path if isinstance(item.video, VideoFile | Picture) else None
         if isinstance(facts, PassingError):
             result.unchecked.append(f"{item.path}: {str(facts).removeprefix(as_text(f'{path}: '))}")
             continue
@@ -85,7 +89,8 @@ def verify(
         result.decoders[facts.decoder] = result.decoders.get(facts.decoder, 0) + 1
         if facts.hash:
             same[facts.hash].append(item.path)
-        damage, short = _damage(facts), facts.frames < min_frames
+        damage = _damage(facts)
+        short = facts.frames < min_frames and not isinstance(item.video, Picture)
         if damage or short:
             result.unusable.append(item.path)
         if damage:
@@ -93,7 +98,7 @@ def verify(
         if short:
             result.short.append(f"{item.path}: {facts.frames} frames")
     result.duplicates = sorted(group for group in same.values() if len(group) > 1)
-    if root is not None:
+    if root is not None and not isinstance(dataset, Shaped):
         listing = list_videos(root)
         result.unused = _unused(dataset, root, listing.videos)
         result.left_out = list(map(as_text, listing.left_out))
@@ -106,7 +111,7 @@ def _examine(item: Item) -> FileFacts:
     info = item.video.info()
     item.video.read(range(info.num_frames))
     return FileFacts(
-        info.num_frames, info.num_frames, info.fps, info.height, info.width, "procedural", [], "", None, False
+        info.num_frames, info.num_frames, info.fps, info.height, info.width, info.decoder, [], "", None, False
     )
 
 

@@ -9,7 +9,8 @@ from dcbench.files import write_text
 from dcbench.reports.figures import Curve, cost_plot, curves, frame_grid
 from dcbench.reports.notations import costs_to_markdown, to_csv, to_latex, to_markdown
 from dcbench.reports.page import ClipSource, check_metric, group_runs, spread, write_page
-from dcbench.reports.tables import Result, choose, costs, layout, load_results, name_runs, numbers
+from dcbench.reports.results import Result, load_results, name_runs, with_partial
+from dcbench.reports.tables import choose, costs, layout, numbers
 
 GRIDS = 2  # clips drawn as frames, per fingerprint
 
@@ -26,6 +27,7 @@ class Choices:
     notes: str | None = None  # "short" or "full"
     clips: int = 12  # of each fingerprint
     clips_by: str | None = None  # a metric: its worst and best clips; None: evenly over the manifest
+    partial: bool = False  # also totals of which some parts have no value
 
     def __post_init__(self) -> None:
         if self.notes not in (None, "short", "full"):
@@ -35,7 +37,7 @@ class Choices:
 def write_report(runs: Sequence[Path], to: Path, choices: Choices | None = None) -> str:
     """Write table.md, table.tex, table.csv, figures and index.html to a folder. Returns the table as Markdown."""
     choices = choices or Choices()
-    loaded = load_results(runs)
+    loaded = [with_partial(run) if choices.partial else run for run in load_results(runs)]
     found = numbers(loaded)
     shown = choose(loaded, found, choices.metrics, choices.published or "all")
     if choices.clips_by:

@@ -16,7 +16,8 @@ from dcbench.errors import UserError, near_match
 from dcbench.escape import plain
 from dcbench.files import atomic_write, write_text
 from dcbench.record import Case, read_per_clip
-from dcbench.reports.tables import COST_HEADINGS, Result, Table, name_runs, show_value
+from dcbench.reports.results import Result, name_runs
+from dcbench.reports.tables import COST_HEADINGS, Table, show_value
 from dcbench.runs import planning
 from dcbench.video import write_mp4
 

@@ -12,15 +12,15 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from dcbench.catalogue import Card, MetricCard, ModelCard, cards, find_metric
 from dcbench.errors import UserError, near_match
 from dcbench.files import digest
 from dcbench.metrics.statistics import Comparison, compare_scores, holm, jackknife
-from dcbench.protocol import compared
-from dcbench.record import Cost, Record, Score, read_cost, read_record
+from dcbench.protocol import shipped_totals
+from dcbench.record import Score
+from dcbench.reports.results import Result, name_runs
 from dcbench.runs.metrics import score_name
 
 ORDER = (
@@ -51,9 +51,21 @@ ORDER = (
     "diversity",
     "flicker",
     "cut",
+    "vbench_i2v_total",
+    "vbench_i2v_i2v",
+    "vbench_i2v_quality",
+    "camera_motion",
+    "i2v_subject",
+    "i2v_background",
+    "subject_consistency",
+    "background_consistency",
+    "motion_smoothness",
+    "dynamic_degree",
+    "aesthetic_quality",
+    "imaging_quality",
+    "temporal_flickering",
 )
 PUBLISHED = ("none", "same-protocol", "all")
-LITTLE_MOTION = 0.1  # a model with a smaller share of the real clips' motion gets a footnote
 
 
 @dataclass(frozen=True)
@@ -77,82 +89,11 @@ class Number:
     published: bool = False
     fingerprint: str = ""  # "published" for a published number: its clips are not known
     source: str = ""
-    reason: str = ""  # why there is no value
+    reason: str = ""  # why there is no value; with a value: what it lacks
     ci_method: str = ""
     extractor: str = ""
     comparable: str = ""  # equal for comparable numbers; "" = not comparable
     run: str = ""
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished run: its record and what it cost."""
-
-    path: Path
-    record: Record
-    cost: Cost | None = None
-
-    @property
-    def title(self) -> str:
-        return str(self.record.plan.model.get("title") or self.record.plan.model["name"])
-
-    @property
-    def dataset(self) -> str:
-        plan = self.record.plan
-        return str(plan.dataset.get("title" if plan.dataset["name"] == "folder" else "name") or plan.dataset["name"])
-
-    @property
-    def block(self) -> str:
-        return f"{self.record.plan.protocol['name']} v{self.record.plan.protocol['version']}"
-
-    @property
-    def compared(self) -> str:
-        """What is scored, where it is not the usual: see `Protocol.compared`."""
-        return compared(self.record.plan.protocol)
-
-    @property
-    def is_bound(self) -> bool:
-        """Whether the model gets the reference clip as input."""
-        return "reference" in self.record.plan.model.get("conditions_on", ())
-
-    @property
-    def hardly_moves(self) -> bool:
-        motion = self.record.scores.get("motion")
-        of_real = motion.details.get("reference_value") if motion else None
-        return bool(motion and motion.value is not None and of_real and motion.value < LITTLE_MOTION * of_real)
-
-
-def load_results(paths: Sequence[Path]) -> list[Result]:
-    """Records of run directories or record.json files, each once, in the order given."""
-    runs: dict[Path, Result] = {}
-    for path in paths:
-        directory = (path if path.is_dir() else path.parent).resolve()
-        runs.setdefault(directory, Result(path if path.is_dir() else path.parent, read_record(path), read_cost(path)))
-    if not runs:
-        raise UserError("no runs were given; expected run directories or record.json files")
-    return list(runs.values())
-
-
-def name_runs(runs: Sequence[Result]) -> dict[Path, str]:
-    """A label for each run: the model's title. If several runs share it, the differing settings are added."""
-    names: dict[Path, str] = {}
-    for run in runs:
-        alike = [
-            other for other in runs if (other.title, other.dataset, other.block) == (run.title, run.dataset, run.block)
-        ]
-        settings = {other.path: _settings(other) for other in alike}
-        mine = settings[run.path]
-        differing = [key for key in mine if len({repr(s.get(key)) for s in settings.values()}) > 1]
-        told_apart = len({tuple(repr(s.get(k)) for k in differing) for s in settings.values()}) == len(alike)
-        extra = [f"{key} {mine[key]}" for key in differing] if told_apart else [run.path.name]
-        names[run.path] = f"{run.title} ({', '.join(extra)})" if len(alike) > 1 else run.title
-    return names
-
-
-def _settings(run: Result) -> dict[str, Any]:
-    plan = run.record.plan
-    values = {**plan.model.get("sampling", {}), **plan.model.get("options", {})}
-    return {**values, "seed": plan.seed, "clips": run.record.n_planned, "fingerprint": plan.fingerprint[:8]}
 
 
 def numbers(runs: Sequence[Result], models: Mapping[str, Card] | None = None) -> list[Number]:
@@ -166,7 +107,7 @@ def numbers(runs: Sequence[Result], models: Mapping[str, Card] | None = None) ->
     found = _mark_best([pair for run in runs for pair in _measured(run, labels[run.path], columns)])
     directions = {
         name: card.higher_is_better for name, card in cards("metrics").items() if isinstance(card, MetricCard)
-    }
+    } | {name: total.higher_is_better for name, total in shipped_totals().items()}
     chosen = (models if models is not None else cards("models")).values()
     known = {entry.dataset for card in chosen if isinstance(card, ModelCard) for entry in card.published}
     protocols = [(run.dataset, str(run.record.plan.protocol["name"])) for run in runs]
@@ -381,7 +322,7 @@ def _rank(metric: str) -> tuple[int, str]:
 
 def _title(metric: str) -> str:
     name, bracket, way = metric.partition("(")
-    card = cards("metrics").get(name)
+    card = cards("metrics").get(name) or shipped_totals().get(name)
     return f"{card.title if card else name}{' ' if bracket else ''}{bracket}{way}"
 
 
@@ -425,13 +366,14 @@ def _cell(line: Sequence[Number], dataset: str, metric: str, table: Table) -> Ce
     interval = ""
     if number.low is not None and number.high is not None:
         interval = f"[{show_value(number.low)}, {show_value(number.high)}]"
-    notes = (table.note(f"Source: {number.source}."),) if number.source else ()
+    notes = tuple(table.note(text) for text in (number.source and f"Source: {number.source}.", number.reason) if text)
     return Cell(show_value(number.value), interval, number.best, notes)
 
 
 def _size_cell(line: Sequence[Number], table: Table) -> Cell:
     """The sample size, with a footnote that gives the fingerprint."""
-    scored = [number for number in line if number.value is not None and not number.published]
+    whole = [number for number in line if not number.metric.endswith("(partial)")]
+    scored = [number for number in whole if number.value is not None and not number.published]
     if not scored:
         return Cell("")
     counts = {(number.n_reference, number.n_generated, number.n_groups) for number in scored}

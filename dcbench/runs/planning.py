@@ -9,7 +9,7 @@ from typing import Any
 
 from dcbench import machine, record, video, weights
 from dcbench.catalogue import DatasetCard, ModelCard, find_dataset, find_metric, known_card, load_entry_point
-from dcbench.datasets.base import Item, find_root, load_dataset
+from dcbench.datasets.base import Item, Shaped, find_root, load_dataset
 from dcbench.errors import UserError, near_match
 from dcbench.facts import validate
 from dcbench.files import canonical, digest, not_a_whole_disk, read_jsonl, write_json, write_text
@@ -260,6 +260,8 @@ def load_items(card: DatasetCard, root: Path | None, protocol: Protocol) -> dict
             f'{card.name} has no split "{protocol.split}".{near_match(protocol.split, source.splits())} '
             f"It has: {', '.join(source.splits())}."
         )
+    if isinstance(source, Shaped):
+        source = source.for_shape(protocol.height, protocol.width)
     items = source.items(protocol.split)
     if not items:
         raise UserError(f"{card.name}: split {protocol.split!r} of {root} holds no video")

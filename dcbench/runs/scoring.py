@@ -35,6 +35,7 @@ from dcbench.runs.directory import RunDirectory
 from dcbench.runs.metrics import Metrics, build_metrics, card_file, choose_metrics, score_name
 from dcbench.runs.run import Options, Run
 from dcbench.runs.sampling import raise_lost
+from dcbench.runs.totals import total_scores
 from dcbench.takes import Takes
 
 PREFETCH = 3  # cases decoded ahead
@@ -443,6 +444,7 @@ def _finish(run: Run, options: Options, metrics: Metrics, seen: Seen, seconds: f
         scores = {name: value for name, value in before.scores.items() if name not in scores} | scores
         old = record.read_per_clip(directory.path)
         rows = [_merge_row(old.get(row["id"], {}), row) for row in rows]
+    scores |= total_scores(run.protocol.total, scores, {row["id"]: row for row in rows}, cases, run.plan.fingerprint)
     planned = [case for case in cases if run.has_generated(case)]
     lost = [entry for entry in run.plan.excluded if run.model is None or entry.rule == "unreadable"]
     result = Record(

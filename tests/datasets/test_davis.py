@@ -18,7 +18,8 @@ from dcbench.models.baselines.trivial import blend, hold
 from dcbench.protocol import find_protocol
 from dcbench.record import read_manifest
 from dcbench.reports.notations import to_markdown
-from dcbench.reports.tables import layout, load_results, numbers
+from dcbench.reports.results import load_results
+from dcbench.reports.tables import layout, numbers
 from dcbench.runs import inputs, planning, sampling, scoring
 from dcbench.runs.folders import plan_folders
 from dcbench.runs.run import Options, Run

@@ -7,7 +7,8 @@ from typing import Any
 from dcbench.catalogue import ModelCard, Published
 from dcbench.record import Plan, Record, Replicates, Score
 from dcbench.reports.notations import to_markdown
-from dcbench.reports.tables import Result, layout, numbers
+from dcbench.reports.results import Result
+from dcbench.reports.tables import layout, numbers
 
 EXTRACTOR = {"name": "i3d", "weights_sha256": "ab" * 32, "preprocessing": "squash"}
 DIRECTIONS = {"fvd": False, "kvd": False, "pic": True, "motion": None}

@@ -12,16 +12,8 @@ from dcbench.files import write_json
 from dcbench.metrics.statistics import jackknife, student_p
 from dcbench.record import Excluded, Failure, Replicates
 from dcbench.reports.notations import to_csv, to_latex, to_markdown
-from dcbench.reports.tables import (
-    Result,
-    choose,
-    chosen_metrics,
-    layout,
-    load_results,
-    name_runs,
-    numbers,
-    show_value,
-)
+from dcbench.reports.results import Result, load_results, name_runs
+from dcbench.reports.tables import choose, chosen_metrics, layout, numbers, show_value
 
 
 def best(runs: list[Result], metric: str = "fvd") -> list[str]:

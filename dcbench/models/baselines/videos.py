@@ -21,7 +21,7 @@ class Videos:
     """Finds each clip by `pattern`, or by a file whose name without suffix is the clip's id.
 
     A folder with the names of the data set `folder` fits it: its files have the ids that they have there. A clip whose
-    id is a number may have any name that begins with this number and "_".
+    is a number may have any name that begins with this number and "_". The only clip of an input may end in "-0".
     """
 
     conditions_on: frozenset[str] = frozenset()
@@ -41,7 +41,8 @@ class Videos:
         if self.pattern:
             path = self.folder / self.pattern.format(id=clip_id)
             return path if path.is_file() else None
-        paths = self.by_stem.get(clip_id) or self.by_number.get(clip_id, [])
+        names = (self.by_stem.get(clip_id), self.by_number.get(clip_id), self.by_stem.get(f"{clip_id}-0"))
+        paths = next(filter(None, names), [])
         if len(paths) > 1:
             raise UserError(f"clip {clip_id}: both {paths[0]} and {paths[1]} match; keep one, or set options.pattern")
         return paths[0] if paths else self.by_id.get(clip_id)
@@ -79,7 +80,8 @@ class Videos:
 def find_shape(card: ModelCard, seconds: float | None) -> ClipShape:
     """The rate and size that all clips of the folder have, and the fewest frames.
 
-    UserError if they differ, or if a clip is not `seconds` long, to a thousandth of a second.
+    UserError if they differ, or if a clip is not `seconds` long, to a thousandth of a second. `seconds` None: whole
+    clips count, and all must have as many frames.
     """
     folder = _folder(card)
     paths = [folder / name for name in find_videos(folder)]
@@ -94,15 +96,18 @@ def find_shape(card: ModelCard, seconds: float | None) -> ClipShape:
             f"{' ...' if len(wrong) > 3 else ''}. Make clips of this length; longer ones may be cut: "
             f"ffmpeg -i IN.mp4 -t {seconds:g} OUT.mp4"
         )
-    for what, facts in (
-        ("frames per second", {name: f"{info.fps:g}" for name, info in infos.items()}),
-        ("pixels", {name: f"{info.width}x{info.height}" for name, info in infos.items()}),
-    ):
+    same = {
+        "frames per second": {name: f"{info.fps:g}" for name, info in infos.items()},
+        "pixels": {name: f"{info.width}x{info.height}" for name, info in infos.items()},
+    }
+    if seconds is None:
+        same["frames"] = {name: str(info.num_frames) for name, info in infos.items()}
+    for what, facts in same.items():
         (first, usual), *others = facts.items()
         if other := next((name for name, value in others if value != usual), None):
             raise UserError(
-                f"{folder}: the clips of one model must have one rate and size, but {first} has {usual} {what} and "
-                f"{other} has {facts[other]}"
+                f"{folder}: the clips of one model must have one rate and size{'' if seconds else ', and one length'}, "
+                f"but {first} has {usual} {what} and {other} has {facts[other]}"
             )
     any_of = next(iter(infos.values()))
     return ClipShape(
