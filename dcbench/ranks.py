@@ -100,7 +100,7 @@ def on_first_rank(action: Callable[[], Any]) -> Any:
 
 
 @contextlib.contextmanager
-def held_by_first_rank(context: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+def held_by_first_rank(context: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
     """Rank 0 enters the context, for example a lock; every rank raises its error."""
     with contextlib.ExitStack() as stack:
         on_first_rank(lambda: stack.enter_context(context()))

@@ -44,6 +44,7 @@ def _options(
 app.command()(evaluate.run)
 app.command()(evaluate.sample)
 app.command()(evaluate.score)
+app.command()(evaluate.status)
 app.command()(evaluate.report)
 app.command("list")(evaluate.list_)
 app.command()(probe.ablate)

@@ -172,7 +172,7 @@ def write_plan(
     request: dict[str, Any],
     clips: Sequence[Case] | None = None,
 ) -> None:
-    with directory.locked():
+    with directory.shared("planning"):  # others that begin this run at the same moment write the same bytes
         record.write_manifest(directory.manifest, cases)
         if clips is not None:
             record.write_manifest(directory.folder, clips)

@@ -351,8 +351,10 @@ def score(run: Run, options: Options, metrics: Sequence[str] | None = None, stri
     """
     join_ranks()
     start = time.perf_counter()
-    with held_by_first_rank(run.directory.locked):
+    wait = options.join or options.shard is not None  # others that made clips are about to leave
+    with held_by_first_rank(lambda: run.directory.locked("scoring", wait)):
         on_first_rank(lambda: _check_clips(run))
+        on_first_rank(run.directory.mend)
         chosen = metrics or run.protocol.metrics
         built = together(lambda: build_metrics(choose_metrics(chosen), options.runtime(), bool(metrics) and strict))
         seen = observe_all(run, list(built.built.values()), options, FeatureCache())
