@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from dcbench.cli import evaluate, model, probe, tools, weights
+from dcbench.cli import evaluate, model, probe, submit, tools, weights
 from dcbench.errors import SharedError, UserError, first_line
 from dcbench.escape import screen
 from dcbench.version import __version__
@@ -50,6 +50,7 @@ app.command("list")(evaluate.list_)
 app.command()(probe.ablate)
 app.command()(model.animate)
 app.command()(model.train)
+app.add_typer(submit.submit, name="submit")
 app.add_typer(tools.data, name="data")
 app.add_typer(tools.cache, name="cache")
 app.add_typer(tools.doctor, name="doctor")

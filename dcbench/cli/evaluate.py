@@ -9,6 +9,7 @@ import typer
 
 from dcbench.cli.options import (
     Batch,
+    Calibrate,
     Data,
     DatasetName,
     Datasets,
@@ -90,6 +91,7 @@ def run(
     shard: Shard = None,
     join: Join = False,
     dry_run: DryRun = False,
+    calibrate: Calibrate = None,
 ) -> None:
     """Generate clips with a model, score them, and print a table. The same command continues a stopped run.
 
@@ -98,12 +100,13 @@ def run(
     from dcbench.runs import grid
 
     options = run_options(device, dtype, batch_size, download, shard, join)
-    write = not dry_run
+    if calibrate and not dry_run:
+        raise UserError("--calibrate belongs to --dry-run: give both, or leave it out")
     cells = grid.cells(model, dataset, data or [], settings or [], out, manifest)
+    write = not dry_run or calibrate is not None  # what is made to measure is the beginning of the run
     planned = [_prepare(cell, protocol, seed, limit, manifest, options, write, samples) for cell in cells]
     if dry_run:
-        for run in planned:
-            _print_plan(run)
+        _print_plans(planned, options, names(metrics), calibrate or 0)
         return
     finished, failed = grid.run_all(planned, options, names(metrics))
     if finished and _first_rank():
@@ -224,6 +227,24 @@ def status(
         time.sleep(10)
         found = find(run)
         print(screen("\n" + "\n".join(lines(found))), flush=True)
+
+
+def _print_plans(runs: Sequence["Run"], options: "Options", metrics: Sequence[str] | None, calibrate: int) -> None:
+    """Print the plan of each run and what it will cost."""
+    from dcbench import machine
+    from dcbench.progress import duration
+    from dcbench.runs.estimate import estimate, lines
+
+    device = machine.hardware(options.runtime().device)
+    found = []
+    for run in runs:
+        _print_plan(run)
+        found.append(estimate(run, options, metrics, calibrate))
+        print(screen("\n".join(lines(found[-1], device))))
+    if len(runs) > 1:
+        known = [one.seconds for one in found if one.seconds is not None]
+        whole = f"{duration(sum(known))} on {device}" if len(known) == len(found) else "time not known: --calibrate 2"
+        print(f"in all       {sum(one.missing for one in found)} clips to make, {whole}")
 
 
 def _print_plan(run: "Run") -> None:

@@ -72,7 +72,11 @@ Manifest = Annotated[Path | None, typer.Option("--manifest", help="Use the clips
 Download = Annotated[
     bool, typer.Option("--download/--offline", help="Fetch missing weights first; otherwise nothing is downloaded.")
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and what it will cost, and stop.")]
+Calibrate = Annotated[
+    int | None,
+    typer.Option("--calibrate", min=1, help="With --dry-run: make and score so many clips first, and measure."),
+]
 
 
 Shard = Annotated[

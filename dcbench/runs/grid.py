@@ -126,12 +126,15 @@ def run_all(runs: Sequence[Run], options: Options, metrics: Sequence[str] | None
 
     single = len(runs) == 1
     # all runs are sampled first: while a model's memory is measured, no network of a metric is in memory
-    to_score = []
-    sampled = each(runs, "generating", lambda run: to_score.append(sample(run, options)))
-    mine = [run for run, is_mine in zip(sampled, to_score, strict=True) if is_mine]
-    for run in sampled:
-        if run not in mine:
+    mine: list[Run] = []  # runs that this process scores
+
+    def make(run: Run) -> None:
+        if sample(run, options):
+            mine.append(run)
+        else:
             print(f"{run.directory.path}: {_left(run)}", file=sys.stderr, flush=True)
+
+    each(runs, "generating", make)
     scored = each(mine, "scoring", lambda run: score(run, options, metrics))
     return [run.directory.path for run in scored], failed
 

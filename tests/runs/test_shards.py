@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from slow_model import kept, world
 
 from dcbench.catalogue import find_dataset, find_model
 from dcbench.errors import UserError
@@ -21,31 +22,11 @@ from dcbench.runs.sampling import sample
 from dcbench.runs.scoring import score
 
 QUIET = Options(device="cpu", quiet=True)
-KEPT = ["plan.json", "manifest.jsonl", "record.json", "per_clip.jsonl", "clips/*"]
-
-SLOW = """
-import os, time
-from pathlib import Path
-
-class Slow:
-    conditions_on = frozenset({"image"})
-    def __init__(self, card, runtime):
-        self.card = card
-    def generate(self, requests):
-        time.sleep(float(os.environ.get("SLOW", "0")))
-        with open("made", "a") as file:
-            file.write("".join(f"{request.clip_id}\\n" for request in requests))
-        return [request.image[None].repeat(request.num_frames, 1, 1, 1) for request in requests]
-"""
 
 
 def plan(out: Path, model: str = "zoom", limit: int = 8) -> Run:
     small = find_protocol("smoke").model_copy(update={"height": 32, "width": 32, "datasets": {}})
     return planning.plan(find_model(model), find_dataset("shapes"), small, out=out, limit=limit, quiet=True)
-
-
-def kept(out: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(out)): path.read_bytes() for name in KEPT for path in sorted(out.glob(name))}
 
 
 @pytest.fixture(scope="module")
@@ -204,9 +185,7 @@ def start(folder: Path, *arguments: str, slow: float = 0.0) -> subprocess.Popen[
 
 @pytest.mark.slow
 def test_three_shards_one_killed_then_two(tmp_path):
-    smoke = (Path(__file__).parents[2] / "dcbench" / "protocols" / "smoke.toml").read_text().split("[datasets")[0]
-    (tmp_path / "small.toml").write_text(smoke.replace("256", "32"))
-    (tmp_path / "model.py").write_text(SLOW)
+    world(tmp_path)
     assert start(tmp_path, "--out", "one").wait() == 0, (tmp_path / "log").read_text()
     (tmp_path / "made").unlink()
     running = [start(tmp_path, "--out", "several", "--shard", f"{number}/3", slow=1.0) for number in (1, 2, 3)]

@@ -18,6 +18,7 @@ from dcbench.runs import planning, workers
 from dcbench.runs.making import one_thread
 from dcbench.runs.run import Options, Run
 from dcbench.runs.sampling import sample
+from slow_model import world
 
 QUIET = Options(device="cpu", quiet=True)
 
@@ -132,8 +133,10 @@ def ended(pid: int) -> bool:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for a process in /proc")
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_no_worker_outlives_its_run(how, tmp_path, monkeypatch):
+    world(tmp_path)
     (tmp_path / "model.py").write_text(MODEL)
     command = ["sample", "--model", "model.py:Small", "--dataset", "shapes", "--limit", "2", "--device", "cpu"]
+    command += ["--protocol", "small.toml"]
     process = subprocess.Popen(
         [sys.executable, "-m", "dcbench", *command, "--out", "run"],
         cwd=tmp_path,
