@@ -100,19 +100,14 @@ def _without_metrics(arguments: Sequence[str]) -> list[str]:
 
 
 def _plan(arguments: Sequence[str]) -> None:
-    """Plan the run without writing. UserError, or a message of the option parser, if an option is wrong."""
-    import click
-
+    """Plan the run without writing. UserError, or the message of the option parser, if an option is wrong."""
     from dcbench.cli.app import app
 
     for name in ("--shard", "--join", "--dry-run"):
         if any(given.split("=")[0] == name for given in arguments):
             raise UserError(f"{name} cannot be given to submit: it decides itself which job makes which clips")
     command: Any = typer.main.get_command(app)
-    try:
-        command.main(args=["run", *arguments, "--dry-run"], prog_name="dcbench", standalone_mode=False)
-    except click.ClickException as error:
-        raise UserError(f"dcbench run: {error.format_message()}") from error
+    command.main(args=["run", *arguments, "--dry-run"], prog_name="dcbench", standalone_mode=False)
 
 
 def _executor(logs: Path, requeues: int, show: bool) -> "SlurmExecutor":

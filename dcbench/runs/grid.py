@@ -121,7 +121,7 @@ def run_all(runs: Sequence[Run], options: Options, metrics: Sequence[str] | None
                     raise
                 kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
                 failed.append(f"{name}: {kind}{error}")
-                _free_memory()
+                free_memory()
         return done
 
     single = len(runs) == 1
@@ -147,8 +147,8 @@ def _left(run: Run) -> str:
     return "all clips are finished, and another process scores them"
 
 
-def _free_memory() -> None:
-    """Free what a failed model still holds, so that the next one has room."""
+def free_memory() -> None:
+    """Free what networks that are no longer needed hold, so that the next ones have room."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -10,6 +10,8 @@ import pytest
 import slurm_here  # of tools/
 from slow_model import kept, world
 
+from dcbench.cli.app import main
+
 pytest.importorskip("submitit", reason="submitit is not installed: uv sync --extra slurm")
 
 RUN = ["--model", "model.py:Slow", "--dataset", "shapes", "--limit", "18", "--protocol", "small.toml"]
@@ -49,7 +51,7 @@ def test_the_scripts_can_be_shown_without_slurm(tmp_path):
 
 WRONG = {
     "a shard": (["--shard", "1/2"], "it decides itself which job makes which clips"),
-    "an unknown option": (["--modle", "zoom"], "dcbench run: No such option: --modle"),
+    "an unknown option": (["--modle", "zoom"], "No such option: --modle"),
     "an unknown model": (["--model", "zooom"], 'Did you mean "zoom"?'),
     "a time": (["--time", "soon"], "expected hours, HH:MM:SS or D-HH:MM:SS"),
     "an sbatch option": (["--sbatch", "x;y=1"], "expected an option of sbatch and its value"),
@@ -57,18 +59,16 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_options_are_told_before_anything_is_submitted(case, tmp_path):
+def test_wrong_options_are_told_before_anything_is_submitted(case, tmp_path, monkeypatch, capsys):
     given, message = WRONG[case]
     run = [] if "--model" in given else ["--model", "zoom"]
     command = ["submit", "slurm", "--array", "2", "--print", "--dataset", "shapes", *run, *given, "--out", "run"]
-    done = subprocess.run(
-        [sys.executable, "-m", "dcbench", *command],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
-    assert message in done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["dcbench", *command])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
 
 

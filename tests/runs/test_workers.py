@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from slow_model import world
 
 from dcbench.catalogue import find_dataset, find_model
 from dcbench.errors import UserError
@@ -18,7 +19,6 @@ from dcbench.runs import planning, workers
 from dcbench.runs.making import one_thread
 from dcbench.runs.run import Options, Run
 from dcbench.runs.sampling import sample
-from slow_model import world
 
 QUIET = Options(device="cpu", quiet=True)
 
