@@ -83,7 +83,11 @@ def test_an_array_with_a_killed_task_a_preempted_one_and_a_drained_node(tmp_path
     environment = slurm_here.start(cluster, nodes=3) | {"SLOW": "6", "SUBMITIT_PREEMPT_SIGNAL": "USR1"}
 
     def slurm(*command: str) -> str:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        for _ in range(20):
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            if "try again later" not in done.stderr:
+                break
+            time.sleep(1)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
