@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import dcbench
+from dcbench import video
 from dcbench.errors import UserError
 from dcbench.files import read_jsonl
 
@@ -174,3 +175,17 @@ def test_on_all_processes_of_a_training_or_on_one(here):
     assert done.returncode == 0, done.stderr
     values = set(done.stdout.split())
     assert len(values) == 1
+
+
+def test_the_lines_of_the_documentation_run(here):
+    """The first block of docs/python.md, and its model as a function, on smaller clips."""
+    text = (Path(__file__).parent.parent / "docs" / "python.md").read_text()
+    block = text.split("\n\n")[1]
+    assert block.startswith("    import dcbench")
+    for name in ("my_clips", "real_clips"):
+        (here / name).mkdir()
+        clip = torch.randint(0, 255, (16, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+        video.write_lossless(here / name / "a.mkv", clip, 8)
+    lines = [line.strip() for line in block.replace("limit=8", 'limit=3, protocol="small.toml"').splitlines()]
+    exec("\n".join(lines), {})
+    assert {path.name.split("-")[0] for path in here.glob("runs/*")} >= {"zoom", "still"}
