@@ -37,8 +37,12 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and stop.")
     ] = False,
+    verbose: Annotated[
+        bool, typer.Option("-v", "--verbose", help="Show also what log.txt in a run's directory notes.")
+    ] = False,
 ) -> None:
-    pass
+    if verbose:
+        os.environ["DCBENCH_VERBOSE"] = "1"
 
 
 app.command()(evaluate.run)

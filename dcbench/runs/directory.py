@@ -1,16 +1,22 @@
 """The directory of a run: its files, the processes that use it, and its finished clips. Does not import torch."""
 
 import contextlib
+import datetime
 import json
 import os
+import platform
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dcbench.errors import UserError
+from dcbench.escape import screen
 from dcbench.files import canonical, parse_jsonl, read_jsonl, sha256_file, write_text
 from dcbench.members import InUse, Member, Mode
+from dcbench.progress import duration
 
 Line = dict[str, Any]  # of samples.jsonl: what is known of a finished clip
 
@@ -25,7 +31,7 @@ class _Log:
 
 
 class RunDirectory:
-    """`plan.json request.json manifest.jsonl clips/ samples.jsonl per_clip.jsonl record.json cost.json report/`
+    """`plan.json request.json manifest.jsonl clips/ samples.jsonl per_clip.jsonl record.json cost.json report/ log.txt`
 
     While several processes make clips, each writes its own `samples-<process>.jsonl`. `mend` puts them together.
     """
@@ -41,11 +47,34 @@ class RunDirectory:
         self.record = path / "record.json"
         self.cost = path / "cost.json"
         self.report = path / "report"
+        self.log = path / "log.txt"  # what happened when, for people: no program reads it
         self.members = path / ".members"
         self._known: dict[str, _Log] = {}  # by file name
 
     def clip(self, clip_id: str) -> Path:
         return self.path / "clips" / f"{clip_id}.mkv"
+
+    def note(self, text: str) -> None:
+        """Add a line to the log. Nothing depends on it, so a full disk is no error here."""
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        who = f"{platform.node()} {os.getpid()}"
+        with contextlib.suppress(OSError), self.log.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            for line in text.splitlines() or [""]:
+                file.write(f"{now} {who}: {line}\n")
+        if os.environ.get("DCBENCH_VERBOSE"):
+            print(screen(text), file=sys.stderr, flush=True)
+
+    @contextlib.contextmanager
+    def noted(self, what: str) -> Iterator[None]:
+        """Log the beginning and the end of the block, or the error that ended it."""
+        self.note(f"{what}: begins")
+        start = time.monotonic()
+        try:
+            yield
+        except BaseException as error:
+            self.note(f"{what}: ended by {type(error).__name__} after {duration(time.monotonic() - start)}: {error}")
+            raise
+        self.note(f"{what}: finished after {duration(time.monotonic() - start)}")
 
     @contextlib.contextmanager
     def locked(self, doing: str = "", wait: bool = False) -> Iterator[Member]:

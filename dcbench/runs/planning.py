@@ -192,6 +192,7 @@ def write_plan(
             record.write_manifest(directory.folder, clips)
         write_text(directory.request, canonical(request) + "\n")
         write_json(directory.plan, made.model_dump(mode="json"))  # last, so that an existing plan is complete
+        directory.note(f"planned {len(cases)} clips, fingerprint {made.fingerprint}, dcbench {made.dcbench}")
 
 
 def reopen(path: Path, data: Path | None = None, dataset: DatasetCard | None = None) -> Run:

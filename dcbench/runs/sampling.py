@@ -109,8 +109,9 @@ def _make(run: Run, options: Options, share: Share, missing: Sequence[Case]) -> 
     made = _made(run, options, share, missing)
     quiet = options.quiet or rank() > 0
     total = len(share.cases) + share.done
-    for _ in track(made, total, "generating", share.done, quiet, whole=len(missing) + share.done):
-        pass
+    with run.directory.noted(f"making up to {len(share.cases)} clips on {options.runtime().device}"):
+        for _ in track(made, total, "generating", share.done, quiet, whole=len(missing) + share.done):
+            pass
 
 
 def _check_room(run: Run, missing: Sequence[Case]) -> None:
@@ -181,7 +182,9 @@ def _requests(run: Run, share: Share, size: int, with_reference: bool) -> Iterat
             raise got
         for case, request in zip(batch, got, strict=True):
             if isinstance(request, UserError) and case.id not in share.unreadable:
-                print(screen(f"cannot read {case.video} for clip {case.id}: {request}"), file=sys.stderr, flush=True)
+                text = f"cannot read {case.video} for clip {case.id}: {request}"
+                print(screen(text), file=sys.stderr, flush=True)
+                run.directory.note(text)
                 share.unreadable.add(case.id)
                 if isinstance(request, video.PassingError):
                     share.lost.append(f"clip {case.id}, {request}")
