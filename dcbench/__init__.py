@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 from dcbench.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from dcbench.api import Result as Result
+    from dcbench.api import compare as compare
+    from dcbench.api import evaluate as evaluate
+    from dcbench.api import score as score
     from dcbench.datasets.base import Dataset
     from dcbench.metrics.base import Metric
     from dcbench.models.base import ImageToVideo
-    from dcbench.record import Record
     from dcbench.runs.run import Run as Run
 
 
@@ -45,15 +48,6 @@ def load_metric(name: str, settings: Sequence[str] = (), device: str = "auto", d
     return load_entry_point(card)(card, Options(device, offline=not download).runtime())
 
 
-def score(run: Path | str, metrics: Sequence[str] | None = None, data: Path | str | None = None) -> "Record":
-    """Score the clips of a run directory and return its record. `data`: the folder of its data set, if it was moved."""
-    from dcbench.runs.planning import reopen
-    from dcbench.runs.run import Options
-    from dcbench.runs.scoring import score as score_run
-
-    return score_run(reopen(Path(run), Path(data) if data else None), Options(), metrics)
-
-
 def report(runs: Sequence[Path | str], to: Path | str, **choices: Any) -> str:
     """Write tables, figures and a page of these runs into the folder `to`. Returns the table as Markdown.
 
@@ -64,7 +58,17 @@ def report(runs: Sequence[Path | str], to: Path | str, **choices: Any) -> str:
     return write_report([Path(run) for run in runs], Path(to), Choices(**choices))
 
 
+_FROM_API = ("Result", "compare", "evaluate", "score")
+__all__ = [
+    "Result", "Run", "compare", "evaluate", "load_dataset", "load_metric", "load_model", "report", "score",
+]  # fmt: skip
+
+
 def __getattr__(name: str) -> Any:
+    if name in _FROM_API:
+        from dcbench import api
+
+        return getattr(api, name)
     if name == "Run":
         from dcbench.runs.run import Run
 

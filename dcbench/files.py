@@ -150,9 +150,14 @@ def read_json(path: Path) -> Any:
 
 def read_jsonl(path: Path, torn: bool = False) -> list[dict[str, Any]]:
     """Objects of a JSONL file. `torn`: a crash may have damaged lines, which are skipped. UserError otherwise."""
+    return parse_jsonl(read_bytes(path), path, torn)
+
+
+def parse_jsonl(data: bytes, path: Path, torn: bool = False) -> list[dict[str, Any]]:
+    """`read_jsonl` of bytes that were read from `path`."""
     rows = []
     # not splitlines: a JSON string may hold other line separators
-    for number, line in enumerate(read_bytes(path).split(b"\n"), 1):
+    for number, line in enumerate(data.split(b"\n"), 1):
         if not line.strip():
             continue
         try:

@@ -19,12 +19,26 @@ START_MINUTES = 10  # in which all processes must have started
 ADDRESS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets these
 
 
+_alone = False
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """In the block this process works for itself, whatever process group it belongs to."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
 def world_size() -> int:
-    return _number("WORLD_SIZE", 1, lowest=1)
+    return 1 if _alone else _number("WORLD_SIZE", 1, lowest=1)
 
 
 def rank() -> int:
-    return _number("RANK", 0, lowest=0)
+    return 0 if _alone else _number("RANK", 0, lowest=0)
 
 
 def _number(name: str, default: int, lowest: int) -> int:
@@ -100,7 +114,7 @@ def on_first_rank(action: Callable[[], Any]) -> Any:
 
 
 @contextlib.contextmanager
-def held_by_first_rank(context: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+def held_by_first_rank(context: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
     """Rank 0 enters the context, for example a lock; every rank raises its error."""
     with contextlib.ExitStack() as stack:
         on_first_rank(lambda: stack.enter_context(context()))

@@ -34,5 +34,5 @@ def test_what_does_not_exist_is_named():
     ):
         with pytest.raises(UserError, match=message):
             call()
-    with pytest.raises(AttributeError, match="no attribute 'evaluate'"):
-        dcbench.evaluate  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'evaluation'"):
+        dcbench.evaluation  # noqa: B018

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from dcbench.cli import evaluate, model, probe, tools, weights
+from dcbench.cli import evaluate, model, probe, submit, tools, weights
 from dcbench.errors import SharedError, UserError, first_line
 from dcbench.escape import screen
 from dcbench.version import __version__
@@ -37,18 +37,24 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and stop.")
     ] = False,
+    verbose: Annotated[
+        bool, typer.Option("-v", "--verbose", help="Show also what log.txt in a run's directory notes.")
+    ] = False,
 ) -> None:
-    pass
+    if verbose:
+        os.environ["DCBENCH_VERBOSE"] = "1"
 
 
 app.command()(evaluate.run)
 app.command()(evaluate.sample)
 app.command()(evaluate.score)
+app.command()(evaluate.status)
 app.command()(evaluate.report)
 app.command("list")(evaluate.list_)
 app.command()(probe.ablate)
 app.command()(model.animate)
 app.command()(model.train)
+app.add_typer(submit.submit, name="submit")
 app.add_typer(tools.data, name="data")
 app.add_typer(tools.cache, name="cache")
 app.add_typer(tools.doctor, name="doctor")

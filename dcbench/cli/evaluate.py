@@ -9,6 +9,7 @@ import typer
 
 from dcbench.cli.options import (
     Batch,
+    Calibrate,
     Data,
     DatasetName,
     Datasets,
@@ -16,6 +17,7 @@ from dcbench.cli.options import (
     Download,
     DryRun,
     Dtype,
+    Join,
     Limit,
     Manifest,
     MetricNames,
@@ -27,11 +29,12 @@ from dcbench.cli.options import (
     Samples,
     Seed,
     Settings,
+    Shard,
     names,
     run_options,
 )
 from dcbench.errors import UserError
-from dcbench.escape import plain, shown
+from dcbench.escape import plain, screen, shown
 
 if TYPE_CHECKING:
     from dcbench.reports import Choices
@@ -85,7 +88,10 @@ def run(
     settings: Settings = None,
     manifest: Manifest = None,
     download: Download = False,
+    shard: Shard = None,
+    join: Join = False,
     dry_run: DryRun = False,
+    calibrate: Calibrate = None,
 ) -> None:
     """Generate clips with a model, score them, and print a table. The same command continues a stopped run.
 
@@ -93,13 +99,14 @@ def run(
     """
     from dcbench.runs import grid
 
-    options = run_options(device, dtype, batch_size, download)
-    write = not dry_run
+    options = run_options(device, dtype, batch_size, download, shard, join)
+    if calibrate and not dry_run:
+        raise UserError("--calibrate belongs to --dry-run: give both, or leave it out")
     cells = grid.cells(model, dataset, data or [], settings or [], out, manifest)
+    write = not dry_run or calibrate is not None  # what is made to measure is the beginning of the run
     planned = [_prepare(cell, protocol, seed, limit, manifest, options, write, samples) for cell in cells]
     if dry_run:
-        for run in planned:
-            _print_plan(run)
+        _print_plans(planned, options, names(metrics), calibrate or 0)
         return
     finished, failed = grid.run_all(planned, options, names(metrics))
     if finished and _first_rank():
@@ -129,9 +136,11 @@ def sample(
     settings: Settings = None,
     manifest: Manifest = None,
     download: Download = False,
+    shard: Shard = None,
+    join: Join = False,
 ) -> None:
     """Only generate the clips: the first half of `run`."""
-    options = run_options(device, dtype, batch_size, download)
+    options = run_options(device, dtype, batch_size, download, shard, join)
     from dcbench.ranks import rank
     from dcbench.runs.grid import Cell
     from dcbench.runs.sampling import sample as sample_run
@@ -140,7 +149,8 @@ def sample(
     run = _prepare(cell, protocol, seed, limit, manifest, options, samples=samples)
     sample_run(run, options)
     if rank() == 0:
-        print(f"{len(run.cases)} clips of {run.name} are in {run.directory.path / 'clips'}")
+        made = len(run.directory.finished_samples())
+        print(f"{made} of {len(run.cases)} clips of {run.name} are in {run.directory.path / 'clips'}")
 
 
 def score(
@@ -192,6 +202,49 @@ def score(
     directory = score_folders(generated, reference, protocol, options, names(metrics), out, groups, limit, fps)
     if _first_rank():
         _report([directory], directory / "report")
+
+
+def status(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show it again every 10 seconds until all clips are there.")
+    ] = False,
+    missing: Annotated[bool, typer.Option("--missing", help="Only the ids of the missing clips, one a line.")] = False,
+) -> None:
+    """Show how far a run is: finished and missing clips, the processes that make them, the time left."""
+    import time
+
+    from dcbench.runs.status import lines
+    from dcbench.runs.status import status as find
+
+    found = find(run)
+    if missing:
+        for clip_id in found.missing:
+            print(plain(clip_id))
+        return
+    print(screen("\n".join(lines(found))))
+    while watch and found.missing:
+        time.sleep(10)
+        found = find(run)
+        print(screen("\n" + "\n".join(lines(found))), flush=True)
+
+
+def _print_plans(runs: Sequence["Run"], options: "Options", metrics: Sequence[str] | None, calibrate: int) -> None:
+    """Print the plan of each run and what it will cost."""
+    from dcbench import machine
+    from dcbench.progress import duration
+    from dcbench.runs.estimate import estimate, lines
+
+    device = machine.hardware(options.runtime().device)
+    found = []
+    for run in runs:
+        _print_plan(run)
+        found.append(estimate(run, options, metrics, calibrate))
+        print(screen("\n".join(lines(found[-1], device))))
+    if len(runs) > 1:
+        known = [one.seconds for one in found if one.seconds is not None]
+        whole = f"{duration(sum(known))} on {device}" if len(known) == len(found) else "time not known: --calibrate 2"
+        print(f"in all       {sum(one.missing for one in found)} clips to make, {whole}")
 
 
 def _print_plan(run: "Run") -> None:

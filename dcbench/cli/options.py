@@ -72,17 +72,58 @@ Manifest = Annotated[Path | None, typer.Option("--manifest", help="Use the clips
 Download = Annotated[
     bool, typer.Option("--download/--offline", help="Fetch missing weights first; otherwise nothing is downloaded.")
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and what it will cost, and stop.")]
+Calibrate = Annotated[
+    int | None,
+    typer.Option("--calibrate", min=1, help="With --dry-run: make and score so many clips first, and measure."),
+]
 
 
-def run_options(device: str, dtype: str | None, batch_size: int, download: bool) -> "Options":
+Shard = Annotated[
+    str | None,
+    typer.Option(
+        "--shard",
+        help='Make one part of the clips, such as 3/16, beside processes with the other parts; "slurm": of an array.',
+    ),
+]
+Join = Annotated[
+    bool,
+    typer.Option("--join", help="Make clips that no other process makes: start the same command as often as you like."),
+]
+
+
+def run_options(
+    device: str, dtype: str | None, batch_size: int, download: bool, shard: str | None = None, join: bool = False
+) -> "Options":
     if not download:
         os.environ["HF_HUB_OFFLINE"] = "1"  # set before huggingface_hub is imported, which reads it once
     from dcbench.runs.sampling import Options
 
     if dtype not in (None, "float16", "bfloat16", "float32"):
         raise UserError(f'--dtype "{dtype}": expected float16, bfloat16 or float32')
-    return Options(device, None if dtype == "float32" else dtype, batch_size, offline=not download)
+    if shard and join:
+        raise UserError("--shard says which clips to make, --join takes any that are left; give one of the two")
+    part = _part(shard) if shard else None
+    chosen = None if dtype == "float32" else dtype
+    return Options(device, chosen, batch_size, offline=not download, shard=part, join=join)
+
+
+def _part(text: str) -> tuple[int, int]:
+    """(3, 16) of "3/16"; of "slurm", this task's place in its array. UserError for anything else."""
+    if text == "slurm":
+        names = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_COUNT")
+        try:
+            task, first, count = (int(os.environ[name]) for name in names)
+            step = int(os.environ.get("SLURM_ARRAY_TASK_STEP") or 1)
+        except (KeyError, ValueError) as error:
+            raise UserError(
+                f"--shard slurm: {', '.join(names)} are not set to numbers; start the job as an array: sbatch --array"
+            ) from error
+        return (task - first) // step + 1, count
+    number, slash, whole = text.partition("/")
+    if not (slash and number.isdecimal() and whole.isdecimal() and 1 <= int(number) <= int(whole)):
+        raise UserError(f'--shard {text}: expected a part and the number of parts, such as 3/16, or "slurm"')
+    return int(number), int(whole)
 
 
 def names(text: str | None) -> list[str] | None:

@@ -108,6 +108,26 @@ def clip_shape(card: ModelCard, seconds: float | None) -> ClipShape:
     return find(card, seconds) if find else card.clip
 
 
+def clip_a_core(is_small: Callable[[ModelCard], bool]) -> Callable[[Callable[..., Any]], Any]:
+    """Decorator of an entry point: for cards with `is_small`, a CPU makes one clip a core, each with one thread.
+
+    For a small network this is faster than all cores on one clip. The card alone decides it, so that clips do not
+    depend on the number of cores.
+    """
+
+    def mark(load: Callable[..., Any]) -> Any:
+        setattr(load, "clip_a_core", is_small)  # noqa: B010 (a function has no such attribute for a type checker)
+        return load
+
+    return mark
+
+
+def is_clip_a_core(card: ModelCard) -> bool:
+    """Whether a CPU makes one clip a core with the model of a card."""
+    is_small: Callable[[ModelCard], bool] | None = getattr(load_entry_point(card), "clip_a_core", None)
+    return is_small is not None and is_small(card)
+
+
 @dataclass(frozen=True)
 class Runtime:
     """Where and how a model runs. Settings of its output stand in its card."""

@@ -99,7 +99,7 @@ def _settings_of(model: str, models: Sequence[str], settings: Sequence[str]) -> 
 def run_all(runs: Sequence[Run], options: Options, metrics: Sequence[str] | None) -> tuple[list[Path], list[str]]:
     """Sample and score every run. If a run of a grid fails, the others continue. A single run raises its UserError.
 
-    Returns the directories of the finished runs, and an error message for each of the others.
+    Returns the directories of the runs that this process has scored, and an error message for each that failed.
     """
     for run in runs:  # before the first clip is made, so that an unknown name fails early
         choose_metrics(metrics or run.protocol.metrics)
@@ -121,18 +121,34 @@ def run_all(runs: Sequence[Run], options: Options, metrics: Sequence[str] | None
                     raise
                 kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
                 failed.append(f"{name}: {kind}{error}")
-                _free_memory()
+                free_memory()
         return done
 
     single = len(runs) == 1
     # all runs are sampled first: while a model's memory is measured, no network of a metric is in memory
-    sampled = each(runs, "generating", lambda run: sample(run, options))
-    scored = each(sampled, "scoring", lambda run: score(run, options, metrics))
+    mine: list[Run] = []  # runs that this process scores
+
+    def make(run: Run) -> None:
+        if sample(run, options):
+            mine.append(run)
+        else:
+            print(f"{run.directory.path}: {_left(run)}", file=sys.stderr, flush=True)
+
+    each(runs, "generating", make)
+    scored = each(mine, "scoring", lambda run: score(run, options, metrics))
     return [run.directory.path for run in scored], failed
 
 
-def _free_memory() -> None:
-    """Free what a failed model still holds, so that the next one has room."""
+def _left(run: Run) -> str:
+    """Why this process does not score a run."""
+    missing = len(run.missing())
+    if missing:
+        return f"{missing} of {len(run.cases)} clips are left for other processes"
+    return "all clips are finished, and another process scores them"
+
+
+def free_memory() -> None:
+    """Free what networks that are no longer needed hold, so that the next ones have room."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

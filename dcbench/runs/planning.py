@@ -1,6 +1,7 @@
 """Planning a run: its clips are chosen once and stored, so that the same command continues with the same clips."""
 
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -37,10 +38,12 @@ def plan(
     manifest: Path | None = None,
     quiet: bool = False,
     write: bool = True,
+    fresh: bool = False,
 ) -> Run:
     """Choose the clips and write plan.json and manifest.jsonl. If this run was started before, read them instead.
 
-    `write` False: nothing is written. UserError for unusable data, or if the directory holds another run.
+    `write` False: nothing is written. `fresh`: what an earlier run left in its directory is removed first. UserError
+    for unusable data, or if the directory holds another run.
     """
     join_ranks()
     if limit is not None and limit < 1:
@@ -59,6 +62,8 @@ def plan(
     directory = RunDirectory(out or Path("runs") / f"{model.name}-{dataset.name}-{protocol.name}-{key}")
 
     def make() -> Chosen:
+        if fresh:
+            _remove_run(directory)
         begun = _begun(directory, request)
         if begun:
             return begun
@@ -87,6 +92,15 @@ def plan(
     made, cases = on_first_rank(make)
     _check_shape(directory, made, resolved)
     return Run(directory, made, cases, resolved, items, model)
+
+
+def _remove_run(directory: RunDirectory) -> None:
+    """Remove an earlier run. UserError if the directory is in use, or holds something else."""
+    if not directory.path.is_dir() or not any(directory.path.iterdir()):
+        return
+    record.read_plan(directory.path)
+    with directory.locked():
+        shutil.rmtree(directory.path)
 
 
 def _of_model(protocol: Protocol, model: ModelCard) -> Protocol:
@@ -172,12 +186,13 @@ def write_plan(
     request: dict[str, Any],
     clips: Sequence[Case] | None = None,
 ) -> None:
-    with directory.locked():
+    with directory.shared("planning"):  # others that begin this run at the same moment write the same bytes
         record.write_manifest(directory.manifest, cases)
         if clips is not None:
             record.write_manifest(directory.folder, clips)
         write_text(directory.request, canonical(request) + "\n")
         write_json(directory.plan, made.model_dump(mode="json"))  # last, so that an existing plan is complete
+        directory.note(f"planned {len(cases)} clips, fingerprint {made.fingerprint}, dcbench {made.dcbench}")
 
 
 def reopen(path: Path, data: Path | None = None, dataset: DatasetCard | None = None) -> Run:

@@ -31,6 +31,8 @@ class Options:
     batch_size: int = 1
     offline: bool = True  # True: missing weights are an error, and are not downloaded
     quiet: bool = False
+    shard: tuple[int, int] | None = None  # (3, 16): this process makes the third of sixteen parts of the clips
+    join: bool = False  # this process makes clips that no other process makes
 
     def runtime(self) -> Runtime:
         device = self.device
@@ -64,6 +66,11 @@ class Run:
     @property
     def name(self) -> str:
         return str(self.plan.model["name"])
+
+    def missing(self, cases: Sequence[Case] | None = None) -> list[Case]:
+        """Of these cases (None: of all), those whose clip is not finished."""
+        finished = self.directory.finished_samples()
+        return [case for case in (self.cases if cases is None else cases) if case.id not in finished]
 
     def item(self, case: Case) -> Item:
         """The data set's item of a case. VideoError if the data set does not have it any more."""

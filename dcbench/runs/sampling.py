@@ -1,51 +1,94 @@
 """Sampling, the first half of a run: make every missing clip. After an interruption, the same call continues."""
 
 import contextlib
+import itertools
+import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
-from dcbench import machine, video
-from dcbench.catalogue import ModelCard, load_entry_point
-from dcbench.clips import pixels_sha256
+import torch
+
+from dcbench import video
 from dcbench.errors import SharedError, UserError
 from dcbench.escape import screen
-from dcbench.files import sha256_file
-from dcbench.models.base import (
-    ChecksFirst,
-    ImageToVideo,
-    PreparesFirst,
-    Request,
-    Runtime,
-    Wanted,
-    check_generated,
-    check_wanted,
-)
+from dcbench.models.base import Request, Runtime, Wanted, check_wanted, is_clip_a_core
 from dcbench.progress import track
 from dcbench.ranks import gather, held_by_first_rank, join_ranks, on_first_rank, rank, together, world_size
 from dcbench.record import Case
+from dcbench.runs.directory import Line
+from dcbench.runs.making import Maker, one_thread
 from dcbench.runs.run import Options, Run
+from dcbench.runs.workers import make_in_workers
+
+WAIT = 1.0  # seconds between two looks at what other processes have finished
 
 
-def sample(run: Run, options: Options) -> None:
-    """Make every missing clip; each rank makes its share.
+@dataclass
+class Share:
+    """The clips that one of several processes makes."""
 
-    UserError if the disk is too full, a clip is wrong, or, in the end, if a video could not be read for a reason that
-    may pass.
+    cases: Sequence[Case]  # missing ones, in the order in which they are made
+    process: str = ""  # in the name of its log. "": the log of the run
+    work: str = "work"  # folder for a model that is a program
+    may_make: Callable[[Case], bool] = lambda case: True  # asked right before a clip is made; False: it is left out
+    ahead: int | None = None  # batches that are read, and claimed, before they are made. None: the usual number
+    done: int = 0  # clips that are finished already, for the progress
+    lost: list[str] = field(default_factory=list)  # why videos could not be read, where that may pass
+    unreadable: set[str] = field(default_factory=set)  # ids of the cases whose video could not be read
+    tried: set[str] = field(default_factory=set)  # ids of the cases that were made, or could not be read
+
+
+def sample(run: Run, options: Options) -> bool:
+    """Make every missing clip. Each rank makes its share, and so does each process with `shard` or `join`.
+
+    Returns whether this process is the one to score the run: every clip that can be made is finished, and no other
+    process is going to score it. UserError if the disk is too full, a clip is wrong, or, in the end, if a video could
+    not be read for a reason that may pass.
     """
     if run.model is None:
-        return
+        return True
+    if options.shard or options.join:
+        return _with_others(run, options)
     join_ranks()
-    with held_by_first_rank(run.directory.locked):
+    with held_by_first_rank(lambda: run.directory.locked("making clips")):
         on_first_rank(run.directory.mend)
-        finished = run.directory.finished_samples()
-        missing = [case for case in run.cases if case.id not in finished]
+        missing = run.missing()
         lost: list[str] = []
         if missing:
-            lost = together(lambda: _make(run, options, missing))
+            process = f"rank{rank()}" if rank() else ""
+            share = Share(missing[rank() :: world_size()], process, done=len(run.cases) - len(missing))
+            together(lambda: _make(run, options, share, missing))
+            lost = share.lost
         raise_lost([reason for part in gather(lost) for reason in part], "generated")
+    return True
+
+
+def _with_others(run: Run, options: Options) -> bool:
+    """Make this process's share of the clips, beside other processes that may start and end at any time."""
+    if world_size() > 1:
+        raise UserError("--shard and --join are for processes that torchrun does not connect; leave one of the two out")
+    number, count = options.shard or (1, 1)
+    mine = run.cases[number - 1 :: count]
+    with run.directory.shared("making clips") as member:
+
+        def may_make(case: Case) -> bool:
+            return member.claim(case.id) and run.directory.finished_sample(case.id) is None
+
+        work = f"work/{number}-of-{count}" if options.shard else f"work/{member.name}"
+        share = Share((), member.name, work, may_make, ahead=1)
+        while missing := [case for case in run.missing(mine) if case.id not in share.tried]:
+            share.cases, share.done = missing, len(mine) - len(missing)
+            before = len(share.tried)
+            _make(run, options, share, missing)
+            if options.shard:
+                break
+            if len(share.tried) == before:
+                time.sleep(WAIT)  # the rest is being made by others; if one of them is killed, take over
+        raise_lost(share.lost, "generated")
+        return all(case.id in share.unreadable for case in run.missing()) and member.claim("scoring")
 
 
 def raise_lost(reasons: Sequence[str], what: str) -> None:
@@ -57,53 +100,18 @@ def raise_lost(reasons: Sequence[str], what: str) -> None:
         )
 
 
-def _make(run: Run, options: Options, missing: Sequence[Case]) -> list[str]:
-    """Make this rank's share of the missing clips. Returns why videos could not be read, where that may pass."""
+def _make(run: Run, options: Options, share: Share, missing: Sequence[Case]) -> None:
+    """Make the clips of a share. `missing`: of all processes, to check them all before the model is loaded."""
     assert run.model is not None
     _check_room(run, missing)
-    runtime = options.runtime()
     number = run.protocol.num_frames
     check_wanted(run.model, [Wanted(case.id, number, case.fps, case.frame_stride) for case in missing])
-    machine.forget_peak_memory()
-    model: ImageToVideo = _load(run.model, runtime)
-    if isinstance(model, ChecksFirst):
-        model.check([case.id for case in missing])
-    mine = missing[rank() :: world_size()]
-    batches = [mine[i : i + options.batch_size] for i in range(0, len(mine), options.batch_size)]
-    done = len(run.cases) - len(missing)
-    spent = _prepare(run, model, mine)
-    facts = {
-        "device": runtime.device,
-        "dtype": runtime.dtype or "float32",
-        "hardware": machine.hardware(runtime.device),
-    }
-    facts |= getattr(model, "facts", {})  # from the model itself: its precision, its weights
-    lost: list[str] = []
-    made = _sample_batches(run, model, batches, facts, spent, lost)
+    made = _made(run, options, share, missing)
     quiet = options.quiet or rank() > 0
-    for _ in track(made, len(mine) + done, "generating", done, quiet, whole=len(run.cases)):
-        pass
-    return lost
-
-
-def _load(card: ModelCard, runtime: Runtime) -> ImageToVideo:
-    try:
-        return load_entry_point(card)(card, runtime)
-    except SystemExit as error:  # it would end dcbench without a word
-        raise UserError(f"{card.name}: its code ends the program (exit code {error.code}) when it is loaded") from error
-
-
-def _prepare(run: Run, model: ImageToVideo, cases: Sequence[Case]) -> dict[str, float]:
-    """Give all requests to a model with `prepare`. Returns the seconds that it spent, by clip id."""
-    if not isinstance(model, PreparesFirst):
-        return {}
-
-    def requests() -> Iterator[Request]:
-        for case in cases:
-            with contextlib.suppress(UserError):  # _sample_batches reports a video that cannot be read
-                yield run.request(case, "reference" in model.conditions_on)
-
-    return model.prepare(requests(), run.directory.path / "work")
+    total = len(share.cases) + share.done
+    with run.directory.noted(f"making up to {len(share.cases)} clips on {options.runtime().device}"):
+        for _ in track(made, total, "generating", share.done, quiet, whole=len(missing) + share.done):
+            pass
 
 
 def _check_room(run: Run, missing: Sequence[Case]) -> None:
@@ -117,56 +125,68 @@ def _check_room(run: Run, missing: Sequence[Case]) -> None:
         )
 
 
-def _sample_batches(
-    run: Run,
-    model: ImageToVideo,
-    batches: Sequence[Sequence[Case]],
-    facts: dict[str, Any],
-    spent: dict[str, float],
-    lost: list[str],
-) -> Iterator[str]:
-    """Make and store the clips of each batch. Yields the id of each case, also if its video could not be read.
+def _made(run: Run, options: Options, share: Share, missing: Sequence[Case]) -> Iterator[str]:
+    """Make and store the clips of a share. Yields the id of each case, in the end also of the unreadable ones."""
+    assert run.model is not None
+    runtime = options.runtime()
+    small = runtime.device == "cpu" and is_clip_a_core(run.model)
+    cores = min(torch.get_num_threads(), -(-len(share.cases) // options.batch_size))
+    if small and cores > 1 and world_size() == 1 and os.name == "posix":
+        requests = _requests(run, share, options.batch_size, with_reference=False)
+        finished = make_in_workers(run.model, runtime, run.directory.path, requests, cores)
+    else:
+        finished = _in_this_process(run, share, missing, runtime, options.batch_size, small)
+    for lines in finished:
+        for line in lines:
+            run.directory.append_sample(line | ({"process": share.process} if share.process else {}), share.process)
+            share.tried.add(line["id"])
+            yield line["id"]
+    unreadable = [case.id for case in share.cases if case.id in share.unreadable]
+    share.tried.update(unreadable)
+    yield from unreadable
 
-    `lost` collects why videos could not be read, where the reason may pass.
-    """
+
+def _in_this_process(
+    run: Run, share: Share, missing: Sequence[Case], runtime: Runtime, batch_size: int, small: bool
+) -> Iterator[list[Line]]:
+    assert run.model is not None
+    with one_thread() if small else contextlib.nullcontext():
+        maker = Maker(run.model, runtime, run.directory.path)
+        maker.check([case.id for case in missing])
+        with_reference = "reference" in maker.model.conditions_on
+        if maker.prepares:
+            share.cases = [case for case in share.cases if share.may_make(case)]
+            everything = itertools.chain.from_iterable(_requests(run, share, 1, with_reference))
+            maker.prepare(everything, run.directory.path / share.work)
+        for requests in _requests(run, share, batch_size, with_reference):
+            yield maker.make(requests)
+
+
+def _requests(run: Run, share: Share, size: int, with_reference: bool) -> Iterator[list[Request]]:
+    """The requests of a share in batches. The next ones are read ahead. An unreadable video is told and left out."""
 
     def read(batch: Sequence[Case]) -> list[Request | UserError]:
         requests: list[Request | UserError] = []
         for case in batch:
             try:
-                requests.append(run.request(case, "reference" in model.conditions_on))
+                requests.append(run.request(case, with_reference))
             except UserError as error:
                 requests.append(error)
         return requests
 
-    for batch, got in zip(batches, video.in_order(read, batches), strict=True):
+    batches = [share.cases[i : i + size] for i in range(0, len(share.cases), size)]
+    allowed = ([case for case in batch if share.may_make(case)] for batch in batches)
+    taken, ahead = itertools.tee(allowed)
+    for batch, got in zip(taken, video.in_order(read, ahead, ahead=share.ahead), strict=True):
         if isinstance(got, UserError):
             raise got
         for case, request in zip(batch, got, strict=True):
-            if isinstance(request, UserError):
-                print(screen(f"cannot read {case.video} for clip {case.id}: {request}"), file=sys.stderr, flush=True)
+            if isinstance(request, UserError) and case.id not in share.unreadable:
+                text = f"cannot read {case.video} for clip {case.id}: {request}"
+                print(screen(text), file=sys.stderr, flush=True)
+                run.directory.note(text)
+                share.unreadable.add(case.id)
                 if isinstance(request, video.PassingError):
-                    lost.append(f"clip {case.id}, {request}")
-        requests = [request for request in got if isinstance(request, Request)]
-        start = time.perf_counter()
-        made = model.generate(requests) if requests else []
-        seconds = time.perf_counter() - start
-        if len(made) != len(requests):
-            raise UserError(f"model {run.name} returned {len(made)} clips for {len(requests)} requests")
-        for request, clip in zip(requests, made, strict=True):
-            clip = check_generated(clip, request, run.name).cpu()
-            file = run.directory.clip(request.clip_id)
-            video.write_lossless(file, clip, request.fps)
-            run.directory.append_sample(
-                {
-                    "id": request.clip_id,
-                    "sha256": pixels_sha256(clip),
-                    "file_sha256": sha256_file(file),  # of the file, to find damage without decoding
-                    "shape": list(clip.shape),
-                    "seconds": round(seconds / len(requests) + spent.get(request.clip_id, 0), 4),
-                    "peak_memory_mb": round(machine.peak_memory_mb(), 1),
-                    **facts,
-                    **getattr(model, "clip_facts", {}).get(request.clip_id, {}),
-                }
-            )
-        yield from (case.id for case in batch)
+                    share.lost.append(f"clip {case.id}, {request}")
+        if requests := [request for request in got if isinstance(request, Request)]:
+            yield requests

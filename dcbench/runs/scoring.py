@@ -375,11 +375,14 @@ def score(run: Run, options: Options, metrics: Sequence[str] | None = None, stri
     """
     join_ranks()
     start = time.perf_counter()
-    with held_by_first_rank(run.directory.locked):
+    wait = options.join or options.shard is not None  # others that made clips are about to leave
+    with held_by_first_rank(lambda: run.directory.locked("scoring", wait)):
         on_first_rank(lambda: _check_clips(run))
+        on_first_rank(run.directory.mend)
         chosen = metrics or run.protocol.metrics
         built = together(lambda: build_metrics(choose_metrics(chosen), options.runtime(), bool(metrics) and strict))
-        seen = observe_all(run, list(built.built.values()), options, FeatureCache())
+        with run.directory.noted(f"scoring with {', '.join(built.built) or 'no metric'}"):
+            seen = observe_all(run, list(built.built.values()), options, FeatureCache())
         seconds = time.perf_counter() - start
         result = on_first_rank(lambda: _finish(run, options, built, seen, seconds))
     for name in metrics or ():
@@ -462,6 +465,7 @@ def _finish(run: Run, options: Options, metrics: Metrics, seen: Seen, seconds: f
     )
     for warning in result.warnings:
         print(screen(f"WARNING: {warning}"), file=sys.stderr, flush=True)
+        directory.note(f"warning: {warning}")
     directory.write_per_clip(rows)
     write_json(directory.record, result.model_dump(mode="json"))
     write_json(directory.cost, _cost(run, options, finished, seconds, metrics).model_dump(mode="json"))

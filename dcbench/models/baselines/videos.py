@@ -21,7 +21,7 @@ class Videos:
     """Finds each clip by `pattern`, or by a file whose name without suffix is the clip's id.
 
     A folder with the names of the data set `folder` fits it: its files have the ids that they have there. A clip whose
-    is a number may have any name that begins with this number and "_". The only clip of an input may end in "-0".
+    id is a number may have any name that begins with this number and "_". The only clip of an input may end in "-0".
     """
 
     conditions_on: frozenset[str] = frozenset()

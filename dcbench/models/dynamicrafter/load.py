@@ -10,7 +10,7 @@ from dcbench import weights
 from dcbench.catalogue import ModelCard
 from dcbench.errors import UserError
 from dcbench.models import diffusion
-from dcbench.models.base import Runtime, Wanted, checks_with
+from dcbench.models.base import Runtime, Wanted, checks_with, clip_a_core
 from dcbench.models.dynamicrafter.checkpoint import load_networks
 from dcbench.models.dynamicrafter.config import Config, variant
 from dcbench.models.dynamicrafter.image_scale import check_factors
@@ -27,6 +27,7 @@ from dcbench.models.dynamicrafter.pipeline import (
 
 PLACES = ("variant", "folder", "random_seed", "checkpoint")  # options that say which networks, not how they are run
 PACKAGE = Path(__file__).parent
+SMALL = 96  # model channels of the U-Net; the released ones have 320
 
 
 def check_wanted(card: ModelCard, wanted: Sequence[Wanted]) -> None:
@@ -51,7 +52,13 @@ def _options(card: ModelCard) -> tuple[ModelOptions, Config]:
     return chosen, read_config(folder) if folder is not None else variant(str(name))
 
 
+def is_small(card: ModelCard) -> bool:
+    """Whether the network is of the tiny kind."""
+    return _options(card)[1].unet.model_channels <= SMALL
+
+
 @checks_with(check_wanted)
+@clip_a_core(is_small)
 def load(card: ModelCard, runtime: Runtime) -> DynamiCrafter:
     """The model of a card. Everything cheap is checked before the weights are fetched and read.
 
