@@ -33,7 +33,7 @@ def plan(out: Path, clips: int) -> Run:
     return planning.plan(find_model("still"), find_dataset("shapes"), small, out=out, quiet=True)
 
 
-def in_processes(work: Callable[[int], None], count: int) -> None:
+def in_processes(work: Callable[[int], object], count: int) -> None:
     context = multiprocessing.get_context("fork")
     several = [context.Process(target=work, args=(number,)) for number in range(1, count + 1)]
     for process in several:
@@ -56,8 +56,8 @@ def engines(folder: Path, clips: int) -> None:
     run("one process", lambda run: sample(run, OPTIONS))
     run("shard 1/1", lambda run: sample(run, replace(OPTIONS, shard=(1, 1))))
     run("join, alone", lambda run: sample(run, replace(OPTIONS, join=True)))
-    run("2 shards at once", lambda run: in_processes(lambda n: sample(run, replace(OPTIONS, shard=(n, 2))) and None, 2))
-    run("2 that join", lambda run: in_processes(lambda n: sample(run, replace(OPTIONS, join=True)) and None, 2))
+    run("2 shards at once", lambda run: in_processes(lambda n: sample(run, replace(OPTIONS, shard=(n, 2))), 2))
+    run("2 that join", lambda run: in_processes(lambda n: sample(run, replace(OPTIONS, join=True)), 2))
 
 
 def many(folder: Path, cases: int) -> None:

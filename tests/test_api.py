@@ -30,6 +30,12 @@ def evaluate(model, **how):
     return dcbench.evaluate(model, "shapes", quiet=True, **how)
 
 
+def motion(model, **how) -> float:
+    value = evaluate(model, **how).scores["motion"].value
+    assert value is not None
+    return value
+
+
 def repeat(image, prompt, num_frames, fps, seed):
     assert image.dtype == torch.uint8
     assert isinstance(prompt, str)
@@ -46,7 +52,7 @@ def test_a_model_by_name_is_the_run_of_the_command_line(here):
     frame = found.to_frame()
     assert list(frame.index) == ["first_frame_psnr", "motion"]
     assert frame.loc["motion", "value"] == found.scores["motion"].value
-    assert (frame.loc["motion", "low"], frame.loc["motion", "high"]) == found.scores["motion"].ci95
+    assert tuple(frame.loc["motion", ["low", "high"]]) == found.scores["motion"].ci95
     clips = found.per_clip()
     assert list(clips.index) == [row["id"] for row in read_jsonl(found.path / "manifest.jsonl")]
     assert clips["motion"].mean() == pytest.approx(found.scores["motion"].value)
@@ -77,7 +83,7 @@ def test_the_clips_of_a_function_are_made_again(here):
 
 def test_an_object_with_generate_is_a_model(here):
     model = dcbench.load_model("zoom", ["options.factor=2"], device="cpu")
-    assert evaluate(model, name="zoom-2").scores["motion"].value > evaluate("zoom").scores["motion"].value
+    assert motion(model, name="zoom-2") > motion("zoom")
 
 
 WRONG = {
@@ -112,9 +118,7 @@ def test_a_run_of_a_function_can_be_scored_and_shown_later_but_not_continued(her
 def test_two_results_are_compared(here):
     still, zoom = evaluate("still"), evaluate("zoom")
     frame = dcbench.compare(zoom, still.path)
-    assert frame.loc["motion", "difference"] == pytest.approx(
-        zoom.scores["motion"].value - still.scores["motion"].value
-    )
+    assert frame.loc["motion", "difference"] == pytest.approx(motion("zoom") - motion("still"))
     assert frame.loc["motion", "clips"] == 4
     with pytest.raises(UserError, match="different clips"):
         dcbench.compare(still, evaluate("zoom", limit=3))

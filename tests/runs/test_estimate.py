@@ -58,7 +58,7 @@ def test_missing_weights_are_named_with_their_size(tmp_path, monkeypatch):
 
 
 def test_the_numbers_in_words():
-    known = Estimate(2048, 2000, 50.0, 4, 30.0, 0.25, 1e6, True, 5e11, 6e9)
+    known = Estimate(2048, 2000, 50.0, 4, 30.0, 0.25, 1e6, True, 500_000_000_000, 6e9)
     assert known.seconds == 30 + 25000 + 512
     said = lines(known, "a card")
     assert said[0] == "to make      2000 of 2048 clips, 50.00 s a clip in each of 4 processes"
