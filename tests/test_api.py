@@ -52,7 +52,8 @@ def test_a_model_by_name_is_the_run_of_the_command_line(here):
     frame = found.to_frame()
     assert list(frame.index) == ["first_frame_psnr", "motion"]
     assert frame.loc["motion", "value"] == found.scores["motion"].value
-    assert tuple(frame.loc["motion", ["low", "high"]]) == found.scores["motion"].ci95
+    row = frame.to_dict("index")["motion"]
+    assert (row["low"], row["high"]) == found.scores["motion"].ci95
     clips = found.per_clip()
     assert list(clips.index) == [row["id"] for row in read_jsonl(found.path / "manifest.jsonl")]
     assert clips["motion"].mean() == pytest.approx(found.scores["motion"].value)
