@@ -2,11 +2,14 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from dcbench.catalogue import find_dataset, find_model
-from dcbench.protocol import find_protocol
+from dcbench.catalogue import MetricCard, find_dataset, find_model
+from dcbench.datasets.made_pictures import make_suite
+from dcbench.metrics.base import ClipMetric, View
+from dcbench.protocol import find_protocol, protocols
 from dcbench.record import read_per_clip
 from dcbench.runs import planning, scoring
 from dcbench.runs.run import Options, Run
@@ -65,3 +68,33 @@ def test_a_clip_without_a_value_is_missing_and_no_other_clip(tmp_path: Path, mon
     assert score.warnings == [
         "1 clips do not count: temporal_flickering compares consecutive frames: a clip needs at least 2 frames"
     ]
+
+
+class Sees(ClipMetric):
+    """The number of pixels of the picture, and of the input image."""
+
+    def observe(self, view: View) -> dict[str, Any]:
+        return {"value": float(view.need("picture")[0].numel()), "image": float(view.need("image")[0].numel())}
+
+
+def test_a_metric_may_need_the_picture_at_the_size_of_its_file(tmp_path: Path) -> None:
+    """VBench embeds the file, not the input image that the model was given. A frame of a video is no picture."""
+    make_suite(tmp_path / "suite", 96, quiet=True)
+    small = protocols()["vbench-i2v"].model_copy(update={"num_frames": 3, "height": 32, "width": 56})
+    card = MetricCard(
+        name="sees", title="s", summary="s", entry_point="none:none", kind="per_clip", needs=("image", "picture")
+    )
+    run = planning.plan(
+        find_model("still"), find_dataset("vbench-i2v"), small.with_samples(1), tmp_path / "suite", tmp_path / "run",
+        limit=2, quiet=True,
+    )  # fmt: skip
+    sample(run, QUIET)
+    seen = scoring.observe_all(run, [Sees(card)], QUIET, None)
+    for case in run.cases:
+        picture = run.items[case.source_id].video.read([0])[0]
+        row = seen.generated[Sees(card).observation_key][case.id]
+        assert row == {"value": float(picture[0].numel()), "image": 32.0 * 56.0}
+        assert row["value"] != row["image"]
+    of_video = made_run(tmp_path / "shapes", [None])
+    lacking = scoring.observe_all(of_video, [Sees(card)], QUIET, None).lacking[Sees(card).observation_key]
+    assert "needs a picture file" in next(iter(lacking.values()))
