@@ -20,7 +20,7 @@ from dcbench.datasets.base import VideoError
 from dcbench.errors import UserError
 from dcbench.models.base import Request
 from dcbench.protocol import find_protocol
-from dcbench.runs import planning, sampling, scoring
+from dcbench.runs import making, planning, sampling, scoring
 from dcbench.runs.directory import RunDirectory
 from dcbench.runs.run import Options, Run
 
@@ -171,7 +171,7 @@ def test_a_model_that_misbehaves_is_named_with_its_clip_and_nothing_is_lost(tmp_
     wrong, message = WRONG[fault]
     job = make_job(tmp_path / "run")
     model = Misbehaves(wrong, job.cases[2].id)
-    monkeypatch.setattr(sampling, "load_entry_point", lambda card: lambda card, runtime: model)
+    monkeypatch.setattr(making, "load_entry_point", lambda card: lambda card, runtime: model)
     with pytest.raises(UserError, match=message) as error:
         sampling.sample(job, QUIET)
     assert job.cases[2].id in str(error.value)
@@ -368,4 +368,4 @@ def test_the_lock_is_freed_when_a_process_dies(tmp_path):
     )
     subprocess.run([sys.executable, "-c", code])
     with directory.locked():
-        assert (tmp_path / "run" / ".owner").is_file()
+        assert len(list(directory.members.glob("*.alone-*"))) == 1
