@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ class Shapes:
     def items(self, split: str) -> list[Item]:
         if split not in self.splits():
             raise UserError(f"shapes: split {split!r}, expected 'train' or 'test'.{near_match(split, self.splits())}")
-        return [self.item(split, i) for i in range(self.train_videos if split == "train" else self.test_videos)]
+        return list(_items(self, split))
 
     def item(self, split: str, index: int) -> Item:
         made = scene(split, index, self.seed)
@@ -71,6 +72,12 @@ class Shapes:
         name = f"{index:06d}"
         truth = {name: getattr(made, name) for name in ("background", "colour", "shape", "motion")}
         return Item(f"{split}-{name}", video, f"{split}/{name}", made.captions(), split, made.motion, truth=truth)
+
+
+@lru_cache(maxsize=4)
+def _items(shapes: Shapes, split: str) -> tuple[Item, ...]:
+    """Made once a process: thousands of scenes take as long as a small run."""
+    return tuple(shapes.item(split, i) for i in range(shapes.train_videos if split == "train" else shapes.test_videos))
 
 
 def load_shapes(card: DatasetCard, root: Path | None, options: Mapping[str, Any]) -> Shapes:
