@@ -37,7 +37,10 @@ class ShapesVideo:
 
 @dataclass(frozen=True)
 class Shapes:
-    """The dataset. The first n videos of a split do not depend on the split's size."""
+    """The dataset. The first n videos of a split do not depend on the split's size.
+
+    moving: leave out the videos in which nothing moves.
+    """
 
     seed: int = 0
     size: int = 64
@@ -45,6 +48,7 @@ class Shapes:
     fps: float = 25.0
     train_videos: int = 20000
     test_videos: int = 2048
+    moving: bool = False
 
     def __post_init__(self) -> None:
         for name, lowest in (
@@ -57,6 +61,8 @@ class Shapes:
         ):
             if getattr(self, name) < lowest:
                 raise UserError(f"shapes: {name} = {getattr(self, name)}, expected at least {lowest}")
+        if not isinstance(self.moving, bool):
+            raise UserError(f"shapes: moving = {self.moving!r}, expected true or false")
 
     def splits(self) -> tuple[str, ...]:
         return ("train", "test")
@@ -77,7 +83,9 @@ class Shapes:
 @lru_cache(maxsize=4)
 def _items(shapes: Shapes, split: str) -> tuple[Item, ...]:
     """Made once a process: thousands of scenes take as long as a small run."""
-    return tuple(shapes.item(split, i) for i in range(shapes.train_videos if split == "train" else shapes.test_videos))
+    count = shapes.train_videos if split == "train" else shapes.test_videos
+    items = (shapes.item(split, index) for index in range(count))
+    return tuple(item for item in items if not (shapes.moving and item.label == "stays still"))
 
 
 def load_shapes(card: DatasetCard, root: Path | None, options: Mapping[str, Any]) -> Shapes:

@@ -263,7 +263,7 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 
 def load_networks(path: Path, cfg: Config, ema: bool = False, rest: Path | None = None) -> tuple[Networks, Schedule]:
-    """Networks with a checkpoint's weights (float32, on the CPU) and the schedule to sample with; `rest` as in `read`."""
+    """Networks with a checkpoint's weights (float32, on the CPU) and the schedule to sample with. See `read`."""
     tensors = read(path, cfg, ema, rest)
     with torch.device("meta"):
         networks = Networks(cfg)
