@@ -117,7 +117,11 @@ def on_first_rank(action: Callable[[], Any]) -> Any:
 def held_by_first_rank(context: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
     """Rank 0 enters the context, for example a lock; every rank raises its error."""
     with contextlib.ExitStack() as stack:
-        on_first_rank(lambda: stack.enter_context(context()))
+
+        def enter() -> None:  # what the context gives stays here: it is sent to no other rank
+            stack.enter_context(context())
+
+        on_first_rank(enter)
         yield
 
 

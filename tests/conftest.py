@@ -2,6 +2,8 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads starve a busy two-core machine
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # the processes share the cores: one thread each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +27,15 @@ class Corners(FeatureExtractor):
 def build(card, runtime):
     return SetDistance(card, Corners(), score_frechet)
 '''
+
+
+PROCESSES = 4  # at most: each takes up to 2 GB
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One process a core. Where files are named, or pytest's output is asked for (-s), this process alone: 0."""
+    named = any(".py" in argument for argument in config.args)
+    return 0 if named or config.getoption("capture") == "no" else min(PROCESSES, os.cpu_count() or 1)
 
 
 @pytest.fixture(scope="session")

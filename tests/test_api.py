@@ -185,8 +185,8 @@ def test_on_all_processes_of_a_training_or_on_one(here):
 def test_the_lines_of_the_documentation_run(here):
     """The first block of docs/python.md, and its model as a function, on smaller clips."""
     text = (Path(__file__).parent.parent / "docs" / "python.md").read_text()
-    block = text.split("\n\n")[1]
-    assert block.startswith("    import dcbench")
+    block = text.partition("# From Python\n")[2].partition("\n\n`import dcbench`")[0]
+    assert block.count("dcbench.evaluate(") == 2
     for name in ("my_clips", "real_clips"):
         (here / name).mkdir()
         clip = torch.randint(0, 255, (16, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))

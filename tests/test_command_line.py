@@ -40,7 +40,9 @@ def test_the_shell_completes_commands_and_names():
         index = str(len(words.split()) - 1)
         environment = {"_DCBENCH_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": index}
         assert CliRunner().invoke(app, [], prog_name="dcbench", env=environment).output.strip().endswith(wanted)
-    assert completes("protocols")("tiny") == ["tiny-first", "tiny"] and completes("datasets")("/home") == []
+    assert (
+        completes("protocols")("tiny") == ["tiny-ends", "tiny-first", "tiny"] and completes("datasets")("/home") == []
+    )
 
 
 def test_list_alone_lists_everything_with_other_names():

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dcbench.analysis.compare import Compared, compare_runs
 from dcbench.analysis.suite import Arm, Suite, arm_card
-from dcbench.analysis.suite_table import ArmScores, write_table
+from dcbench.analysis.suite_table import ArmScores, draw_curves, write_table
 from dcbench.catalogue import DatasetCard, ModelCard, find_model
 from dcbench.errors import UserError
 from dcbench.facts import Facts, validate
@@ -84,6 +84,7 @@ def run_suite(
                 _compare(folders[0], folders[1], options)
     rows = [_scores(suite, arm, out, seeds, places) for arm in suite.arms]
     write_table(suite, rows, out, seeds)
+    draw_curves(suite, rows, out)
     draw_frames(suite, out, seeds[0], places)
     return rows
 
@@ -142,7 +143,9 @@ def rebuild(out: Path) -> str:
     places = kept.runs or {  # a suite of dcbench 0.1: every arm has its own directory
         arm.name: {str(seed): f"{_folder(arm.name)}/seed-{seed}" for seed in seeds} for arm in suite.arms
     }
-    return write_table(suite, [_scores(suite, arm, out, seeds, places) for arm in suite.arms], out, seeds)
+    rows = [_scores(suite, arm, out, seeds, places) for arm in suite.arms]
+    draw_curves(suite, rows, out)
+    return write_table(suite, rows, out, seeds)
 
 
 Places = dict[str, dict[str, str]]  # arm -> seed -> run directory below the suite's folder

@@ -130,9 +130,9 @@ def _over_seeds(points: Sequence[Point]) -> Estimate | None:
 
 
 def write_table(suite: Suite, rows: Sequence[ArmScores], out: Path, seeds: Sequence[int]) -> str:
-    """Write table.md, table.csv and curves into `out`. Returns the Markdown."""
+    """Write table.md and table.csv into `out`. Returns the Markdown."""
     out.mkdir(parents=True, exist_ok=True)
-    metrics = list(dict.fromkeys(name for row in rows for name in (*row.scores, *row.reasons)))
+    metrics = _metrics(rows)
     paper = sorted({name for arm in suite.arms for name in arm.published})
     head = ["arm", "meaning", *metrics, *(f"{name} ({suite.published})" for name in paper)]
     body = []
@@ -164,8 +164,11 @@ def write_table(suite: Suite, rows: Sequence[ArmScores], out: Path, seeds: Seque
                 line = [row.arm.name, row.arm.group, row.arm.x, name, seed, point.value, *ends]
                 writer.writerow(map(csv_cell, line))
     write_text(out / "table.csv", sheet.getvalue())
-    draw_curves(suite, rows, metrics, out)
     return whole
+
+
+def _metrics(rows: Sequence[ArmScores]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in (*row.scores, *row.reasons)))
 
 
 def _gap_table(suite: Suite, rows: Sequence[ArmScores]) -> list[str]:
@@ -202,13 +205,13 @@ def show(summary: Estimate | None) -> str:
     return f"{summary.value:.4g}" + (f" [{interval[0]:.3g}, {interval[1]:.3g}]" if interval else "")
 
 
-def draw_curves(suite: Suite, rows: Sequence[ArmScores], metrics: Sequence[str], out: Path) -> None:
+def draw_curves(suite: Suite, rows: Sequence[ArmScores], out: Path) -> None:
     """Draw curves of the arms with an `x`: a picture per metric, a line per group."""
     groups: dict[str, list[ArmScores]] = {}
     for row in rows:
         if row.arm.x is not None:
             groups.setdefault(row.arm.group, []).append(row)
-    for metric in metrics:
+    for metric in _metrics(rows):
         lines: dict[str, Curve] = {}
         for group, members in groups.items():
             points = [

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,10 @@ class ShapesVideo:
 
 @dataclass(frozen=True)
 class Shapes:
-    """The dataset. The first n videos of a split do not depend on the split's size."""
+    """The dataset. The first n videos of a split do not depend on the split's size.
+
+    moving: leave out the videos in which nothing moves.
+    """
 
     seed: int = 0
     size: int = 64
@@ -44,6 +48,7 @@ class Shapes:
     fps: float = 25.0
     train_videos: int = 20000
     test_videos: int = 2048
+    moving: bool = False
 
     def __post_init__(self) -> None:
         for name, lowest in (
@@ -56,6 +61,8 @@ class Shapes:
         ):
             if getattr(self, name) < lowest:
                 raise UserError(f"shapes: {name} = {getattr(self, name)}, expected at least {lowest}")
+        if not isinstance(self.moving, bool):
+            raise UserError(f"shapes: moving = {self.moving!r}, expected true or false")
 
     def splits(self) -> tuple[str, ...]:
         return ("train", "test")
@@ -63,7 +70,7 @@ class Shapes:
     def items(self, split: str) -> list[Item]:
         if split not in self.splits():
             raise UserError(f"shapes: split {split!r}, expected 'train' or 'test'.{near_match(split, self.splits())}")
-        return [self.item(split, i) for i in range(self.train_videos if split == "train" else self.test_videos)]
+        return list(_items(self, split))
 
     def item(self, split: str, index: int) -> Item:
         made = scene(split, index, self.seed)
@@ -71,6 +78,14 @@ class Shapes:
         name = f"{index:06d}"
         truth = {name: getattr(made, name) for name in ("background", "colour", "shape", "motion")}
         return Item(f"{split}-{name}", video, f"{split}/{name}", made.captions(), split, made.motion, truth=truth)
+
+
+@lru_cache(maxsize=4)
+def _items(shapes: Shapes, split: str) -> tuple[Item, ...]:
+    """Made once a process: thousands of scenes take as long as a small run."""
+    count = shapes.train_videos if split == "train" else shapes.test_videos
+    items = (shapes.item(split, index) for index in range(count))
+    return tuple(item for item in items if not (shapes.moving and item.label == "stays still"))
 
 
 def load_shapes(card: DatasetCard, root: Path | None, options: Mapping[str, Any]) -> Shapes:

@@ -15,6 +15,7 @@ from torch import Tensor
 from dcbench.files import read_json
 from dcbench.models.dynamicrafter.networks import Networks
 from dcbench.training.directory import Training
+from dcbench.training.networks import with_latents
 from dcbench.training.objective import Conditions, DiffusionTask
 from dcbench.training.recipe import DiffusionStage, Recipe
 
@@ -64,7 +65,9 @@ def held_out(
     data = recipe.data.model_copy(update={"split": "test", "clips": clips, "seed": 0})
     pool = data.pool(networks.cfg, data_root)
     parts = {
-        start: pool.batch(range(start, min(start + batch, clips)), torch.Generator().manual_seed(start))
+        start: with_latents(
+            networks, pool.batch(range(start, min(start + batch, clips)), torch.Generator().manual_seed(start))
+        )
         for start in range(0, clips, batch)
     }
 

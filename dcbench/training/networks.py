@@ -90,6 +90,13 @@ def scaled_latents(networks: Networks, batch: Batch, device: torch.device) -> Te
 
 
 @torch.no_grad()
+def with_latents(networks: Networks, batch: Batch) -> Batch:
+    """The batch with its latents, for a network that is asked about the same clips many times."""
+    frames = clips.to_float(batch.frames).to(next(networks.autoencoder.parameters()).device)
+    return replace(batch, latents=torch.stack([networks.autoencoder.encode(clip).mean for clip in frames]))
+
+
+@torch.no_grad()
 def text_tokens(networks: Networks, captions: Sequence[str], device: torch.device) -> Tensor:
     """Context tokens of b captions: [b, context_length, d]."""
     return networks.cond_stage_model(tokenize(captions, networks.cfg.clip).to(device))

@@ -173,6 +173,7 @@ class Variation(Facts):
     extends: str
     name: str
     summary: str
+    variant: str | None = None
     start: tuple[Start, ...] | None = None
     data: dict[str, Any] = {}
     stages: dict[str, dict[str, Any]] = {}
@@ -183,6 +184,7 @@ class Variation(Facts):
         data = {**whole.data.model_dump(), **self.data}
         start = whole.start if self.start is None else self.start
         fields = {"name": self.name, "summary": self.summary, "start": start, "data": data}
+        fields["variant"] = whole.variant if self.variant is None else self.variant
         return whole.varied(self.stages, self.without, **fields)
 
 

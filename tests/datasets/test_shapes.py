@@ -41,6 +41,17 @@ def test_the_default_has_2048_test_videos_of_the_stated_form():
     assert set(counts) == set(MOTIONS) and min(counts.values()) > 270
 
 
+def test_only_videos_in_which_something_moves():
+    every, moving = Shapes(test_videos=60).items("test"), Shapes(test_videos=60, moving=True).items("test")
+    still = {item.id for item in every if item.label == "stays still"}
+    assert still and [item.id for item in moving] == [item.id for item in every if item.id not in still]
+    for item in moving:
+        first, last = item.video.read([0, 47])
+        assert not torch.equal(first, last)
+    with pytest.raises(UserError, match="moving = 1, expected true or false"):
+        Shapes(moving=1)  # type: ignore[arg-type]
+
+
 def test_the_caption_names_what_is_shown():
     item = Shapes().item("test", 0)
     made = scene("test", 0)

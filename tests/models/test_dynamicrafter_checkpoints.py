@@ -21,7 +21,7 @@ from dcbench.models.dynamicrafter.load import load
 from dcbench.models.dynamicrafter.networks import Networks
 from dcbench.models.dynamicrafter.unet import parameter_role
 from dcbench.training.networks import build
-from dcbench.training.recipe import find_recipe
+from dcbench.training.recipe import DiffusionStage, find_recipe
 from dcbench.training.start import begin
 from dcbench.weights import load_tensors
 
@@ -240,23 +240,66 @@ def test_missing_weights_say_size_licence_and_place(card: ModelCard):
         load(card, dataclasses.replace(Runtime(), offline=True))
 
 
+TINY = Path(checkpoint.__file__).parent / "tiny"
+INTERP = TINY.with_name("tiny-interp")
+
+
 def test_the_shipped_tiny_weights_are_those_of_their_card() -> None:
-    folder = Path(checkpoint.__file__).parent / "tiny"
-    card = (folder / "README.md").read_text(encoding="utf-8")
-    for name in ("weights.safetensors", "base.safetensors"):
-        assert f"| `{name}`, sha256 | {hashlib.sha256((folder / name).read_bytes()).hexdigest()} |" in card
-    assert sum(path.stat().st_size for path in folder.iterdir()) < 25e6
-    for recipe in ("tiny", "tiny-refine", "tiny-finish"):
-        log = recipe.replace("tiny", "log") + ".jsonl"
-        lines = [json.loads(line) for line in (folder / log).read_text().splitlines()]
+    shipped = {TINY: ("weights.safetensors", "base.safetensors"), INTERP: ("weights.safetensors",)}
+    for folder, names in shipped.items():
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        for name in names:
+            assert f"| `{name}`, sha256 | {hashlib.sha256((folder / name).read_bytes()).hexdigest()} |" in card
+    assert sum(path.stat().st_size for folder in shipped for path in folder.iterdir()) < 25e6
+    logs = {"tiny": "log", "tiny-refine": "log-refine", "tiny-finish": "log-finish", "tiny-interp": "log"}
+    for recipe, log in logs.items():
+        folder = INTERP if recipe == "tiny-interp" else TINY
+        lines = [json.loads(line) for line in (folder / f"{log}.jsonl").read_text().splitlines()]
         steps = {stage.name: stage.steps for stage in find_recipe(recipe).stages}
         assert {line["stage"]: line["step"] for line in lines} == steps
 
 
+def test_the_interpolation_weights_hold_what_its_recipe_trained_and_nothing_else() -> None:
+    learned, tiny = (load_tensors(folder / "weights.safetensors") for folder in (INTERP, TINY))
+    (stage,) = find_recipe("tiny-interp").stages
+    assert isinstance(stage, DiffusionStage)
+    prefixes = ("model.diffusion_model.", "image_proj_model.")
+    trained = {name for name in tiny if name.startswith(prefixes) and parameter_role(name) in stage.train}
+    assert set(learned) == trained
+    assert not [name for name in learned if torch.equal(learned[name], tiny[name])]
+
+
+def test_a_folder_names_another_for_the_tensors_that_it_does_not_have(
+    card: ModelCard, cfg: Config, networks: Networks, tmp_path: Path
+) -> None:
+    """Those of the folder go first; without `rest` their absence is an error, and so is a tensor of another shape."""
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    own = {name: value + 1 for name, value in networks.state_dict().items() if name.startswith("image_proj_model.")}
+    for folder, state in ((whole, networks.state_dict()), (part, own)):
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(cfg.to_dict()))
+        save_file(state, folder / "weights.safetensors")
+
+    def loaded(**options: str) -> dict[str, Tensor]:
+        model = load(card.model_copy(update={"options": options, "sampling": {"steps": 2}}), Runtime())
+        return model.networks.state_dict()
+
+    together = loaded(folder=str(part), rest=str(whole))
+    assert all(torch.equal(value, own.get(name, networks.state_dict()[name])) for name, value in together.items())
+    with pytest.raises(UserError, match=r"part/weights.safetensors is no checkpoint of this variant.\n  missing"):
+        loaded(folder=str(part))
+    with pytest.raises(UserError, match=r"options\.rest completes the weights of options\.folder"):
+        loaded(variant="tiny", rest=str(whole))
+    (whole / "weights.safetensors").unlink()
+    with pytest.raises(UserError, match=r"whole/weights.safetensors"):
+        loaded(folder=str(part), rest=str(whole))
+    save_file(networks.state_dict(), part / "weights.safetensors")
+    assert loaded(folder=str(part), rest=str(whole)).keys() == together.keys()  # nothing is missing: not read
+
+
 def test_the_papers_stages_left_the_shipped_base_s_temporal_layers_alone() -> None:
     """Half precision of the same bits; the spatial layers were tuned. `tiny-from-base` can begin with the file."""
-    folder = Path(checkpoint.__file__).parent / "tiny"
-    base, tuned = (load_tensors(folder / f"{name}.safetensors") for name in ("base", "weights"))
+    base, tuned = (load_tensors(TINY / f"{name}.safetensors") for name in ("base", "weights"))
     same = {name: torch.equal(base[name], tuned[name]) for name in base}
     roles = {name: parameter_role(name) for name in base}
     assert set(roles.values()) == {"spatial", "temporal"}

@@ -236,7 +236,7 @@ class Something:
         (POINTER, "is a Git-LFS pointer, which stands for a file of 10.44 GB"),
         (b"\n<!DOCTYPE html><title>Sign in</title>", "is a web page (HTML), not weights"),
         (b'{"error": "not found"}', "is a text file (JSON)"),
-        (gzip.compress(b"tensors"), "is a gzip archive, not weights: unpack it"),
+        (gzip.compress(b"tensors", mtime=0), "is a gzip archive, not weights: unpack it"),
         (b"", "is empty"),
     ],
 )

@@ -206,7 +206,7 @@ def test_trap_06_generated_clips_are_stored_without_loss(tmp_path):
     entry = job.cases[0]
     request = job.request(entry, with_reference=False)
     assert job.model is not None
-    made = sampling.load_entry_point(job.model)(job.model, QUIET.runtime()).generate([request])[0]
+    made = making.load_entry_point(job.model)(job.model, QUIET.runtime()).generate([request])[0]
     assert torch.equal(job.generated(entry), made)
 
 
@@ -345,13 +345,13 @@ def test_ctrl_c_says_that_the_same_command_continues(tmp_path, cheap_metric):
 
 
 def test_trap_10_one_or_two_processes_give_the_same_record(tmp_path, cheap_metric):
+    program = tmp_path / "program.py"
+    program.write_text("from dcbench.cli import main\nmain()\n")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
     for ranks in (1, 2):
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        program = tmp_path / "program.py"
-        program.write_text("from dcbench.cli import main\nmain()\n")
-        arguments = command(tmp_path / f"ranks{ranks}", cheap_metric, 5)[3:]
+        whole = command(tmp_path / f"ranks{ranks}", cheap_metric, 5)
         done = subprocess.run(
-            [*launch, str(program), *arguments],
+            whole if ranks == 1 else [*torchrun, *whole[3:]],
             capture_output=True,
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1", "DCBENCH_CACHE": str(tmp_path / f"cache{ranks}")},

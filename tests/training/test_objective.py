@@ -37,7 +37,9 @@ class Seen:
 
 
 def run(task, pool, size=64, seed=0):
+    """What the U-Net is given for `size` clips; it makes nothing of them, because hundreds of clips take seconds."""
     seen = Seen(task)
+    task.unet.forward = lambda x, *given: x[:, :4]
     rng = torch.Generator().manual_seed(seed)
     batch = pool.random_batch(size, rng)
     losses = task.loss(batch, torch.full((size,), 500), rng)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from dcbench.training import loop, run
 from dcbench.training.loop import LoopConfig, Task, make_optimisers, orthogonalise
 from dcbench.training.networks import build, normalise_latents, save
 from dcbench.training.objective import draw_times
-from dcbench.training.recipe import FOLDER, find_recipe
+from dcbench.training.recipe import FOLDER, DiffusionStage, find_recipe
 from dcbench.training.run import make_task, train
 from dcbench.weights import load_tensors
 
@@ -323,6 +324,16 @@ def test_a_recipe_may_say_what_differs_from_another(tmp_path):
         file.write_text(head + wrong)
         with pytest.raises(UserError, match=message):
             find_recipe(str(file))
+
+
+def test_a_recipe_may_extend_another_one_for_another_variant():
+    """Both ends beside the noise, from the shipped weights; what is not trained is not changed."""
+    recipe, tiny = find_recipe("tiny-interp"), find_recipe("tiny-finish")
+    assert recipe.config() == replace(tiny.config(), interpolates=True)
+    (stage,) = recipe.stages
+    assert isinstance(stage, DiffusionStage) and stage.train == ("context", "temporal")
+    assert (stage.vdg, stage.condition_frame, stage.drop_vdg) == ("ends", "first", 0.0)
+    assert [start.path.is_file() for start in recipe.start] == [True]
 
 
 def test_muon_turns_matrices_by_their_gradient_alone():

@@ -219,10 +219,11 @@ def released_buffers(cfg: DiffusionConfig) -> dict[str, Tensor]:
     }
 
 
-def read(path: Path, cfg: Config, ema: bool = False) -> dict[str, Tensor]:
+def read(path: Path, cfg: Config, ema: bool = False, rest: Path | None = None) -> dict[str, Tensor]:
     """The tensors of a checkpoint under their current names, as stored; UserError unless they fit the configuration.
 
-    `ema`: the moving average in place of the weights that it has; UserError for a file without one.
+    `ema`: the moving average in place of the weights that it has; UserError for a file without one. `rest`: a whole
+    checkpoint, which gives the tensors that the first one does not have.
     """
     if path.is_file() and path.stat().st_size > SLOW:
         print(f"reading {path.name} ({human_size(path.stat().st_size)})", file=sys.stderr, flush=True)
@@ -236,6 +237,8 @@ def read(path: Path, cfg: Config, ema: bool = False) -> dict[str, Tensor]:
         tensors |= _named_average(average, tensors, path)
     elif average:
         print(f"{path.name} also holds a moving average of its weights: options.ema = true takes it", file=sys.stderr)
+    if rest is not None and compare({key: tuple(value.shape) for key, value in tensors.items()}, cfg).missing:
+        tensors = read(rest, cfg) | tensors
     check(tensors, cfg, str(path))
     return tensors
 
@@ -259,9 +262,9 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 64 == 0 else tensor.clone()
 
 
-def load_networks(path: Path, cfg: Config, ema: bool = False) -> tuple[Networks, Schedule]:
-    """Networks with a checkpoint's weights (float32, on the CPU) and the schedule to sample with."""
-    tensors = read(path, cfg, ema)
+def load_networks(path: Path, cfg: Config, ema: bool = False, rest: Path | None = None) -> tuple[Networks, Schedule]:
+    """Networks with a checkpoint's weights (float32, on the CPU) and the schedule to sample with. See `read`."""
+    tensors = read(path, cfg, ema, rest)
     with torch.device("meta"):
         networks = Networks(cfg)
     needed = networks.state_dict()

@@ -25,7 +25,13 @@ from dcbench.models.dynamicrafter.pipeline import (
     settings,
 )
 
-PLACES = ("variant", "folder", "random_seed", "checkpoint")  # options that say which networks, not how they are run
+PLACES = (
+    "variant",
+    "folder",
+    "rest",
+    "random_seed",
+    "checkpoint",
+)  # options that say which networks, not how they are run
 PACKAGE = Path(__file__).parent
 SMALL = 96  # model channels of the U-Net; the released ones have 320
 
@@ -49,6 +55,8 @@ def _options(card: ModelCard) -> tuple[ModelOptions, Config]:
     name, folder = card.options.get("variant"), card.options.get("folder")
     if (name is None) == (folder is None):
         raise UserError(f"{card.name}: give options.variant (with weights) or options.folder, one of the two")
+    if "rest" in card.options and folder is None:
+        raise UserError(f"{card.name}: options.rest completes the weights of options.folder; give a folder, or no rest")
     return chosen, read_config(folder) if folder is not None else variant(str(name))
 
 
@@ -65,7 +73,8 @@ def load(card: ModelCard, runtime: Runtime) -> DynamiCrafter:
     The card's options are those of `ModelOptions`, and one of these two:
     `variant`: a preset's name, with the card's [[weights]], or with `random_seed` for random weights, which make noise;
     with a variant also `checkpoint`: the path of a file in place of the card's weights;
-    `folder`: of config.json and weights.safetensors, as `dcbench train` writes them; below this package, or any path.
+    `folder`: of config.json and weights.safetensors, as `dcbench train` writes them; below this package, or any path;
+    with a folder also `rest`: another such folder, whose weights give the tensors that those of `folder` do not have.
     """
     chosen, cfg = _options(card)
     sampling: Sampling = settings(Sampling, card.sampling, "sampling")
@@ -76,7 +85,8 @@ def load(card: ModelCard, runtime: Runtime) -> DynamiCrafter:
     if seed is not None:
         networks = Networks.random(cfg, seed)
     else:
-        networks, schedule = load_networks(_weights(card, folder, runtime.offline), cfg, chosen.ema)
+        rest = _folder_weights(card.options["rest"]) if "rest" in card.options else None
+        networks, schedule = load_networks(_weights(card, folder, runtime.offline), cfg, chosen.ema, rest)
     return DynamiCrafter(card, networks, schedule, sampling, chosen, runtime)
 
 
@@ -96,9 +106,13 @@ def _folder(folder: Any) -> Path:
     return inside if inside.is_dir() else Path(str(folder)).expanduser()
 
 
+def _folder_weights(folder: Any) -> Path:
+    return _folder(folder) / "weights.safetensors"
+
+
 def _weights(card: ModelCard, folder: Any, offline: bool) -> Path:
     if folder is not None:
-        return _folder(folder) / "weights.safetensors"
+        return _folder_weights(folder)
     if checkpoint := card.options.get("checkpoint"):
         return Path(str(checkpoint)).expanduser()
     if not card.weights:
