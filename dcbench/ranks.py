@@ -117,7 +117,11 @@ def on_first_rank(action: Callable[[], Any]) -> Any:
 def held_by_first_rank(context: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
     """Rank 0 enters the context, for example a lock; every rank raises its error."""
     with contextlib.ExitStack() as stack:
-        on_first_rank(lambda: stack.enter_context(context()))
+
+        def enter() -> None:  # without a result, because the context's may not be sendable
+            stack.enter_context(context())
+
+        on_first_rank(enter)
         yield
 
 
