@@ -25,11 +25,15 @@ NO_TORCH = (
     "facts",
     "files",
     "runs/directory",
+    "runs/status",
+    "runs/storage",
+    "runs/transfer",
     "progress",
     "protocol",
     "cli/app",
     "cli/evaluate",
     "cli/options",
+    "cli/storage",
     "cli/tools",
 )
 
