@@ -25,12 +25,16 @@ NO_TORCH = (
     "facts",
     "files",
     "runs/directory",
+    "runs/status",
+    "runs/storage",
+    "runs/transfer",
     "progress",
     "protocol",
     "totals",
     "cli/app",
     "cli/evaluate",
     "cli/options",
+    "cli/storage",
     "cli/tools",
 )
 

@@ -13,6 +13,7 @@ from dcbench.metrics.statistics import Comparison, compare_paired, compare_score
 from dcbench.record import Case, Record, Score, read_per_clip, read_record
 from dcbench.reports.tables import chosen_metrics, show_value
 from dcbench.runs import planning
+from dcbench.runs.directory import CLEANED, RunDirectory
 from dcbench.runs.metrics import choose_metrics, metric_of, score_name
 from dcbench.runs.run import Options
 from dcbench.runs.scoring import observe_all
@@ -127,6 +128,10 @@ def _compare_sets(
 ) -> None:
     """Add the comparisons by set metrics, from the features of both runs."""
     passes, cases = [], []
+    if cleaned := [path for path in paths if RunDirectory(path).is_cleaned()]:
+        reason = f"this needs the clips of both runs; {cleaned[0]}: {CLEANED}"
+        compared.reasons.update(dict.fromkeys(metrics, reason))
+        return
     for path in paths if metrics else ():
         run = planning.reopen(path)
         cases = [case for case in run.cases if case.id not in failed]

@@ -29,6 +29,7 @@ from dcbench.metrics.extractors import I3DExtractor, i3d_extractor
 from dcbench.protocol import Protocol
 from dcbench.record import Case, Failure
 from dcbench.runs import planning
+from dcbench.runs.directory import CLEANED
 from dcbench.runs.run import Options, Run
 from dcbench.runs.scoring import observe_all
 from dcbench.seeding import generator
@@ -320,6 +321,8 @@ def measure(
     run = planning.reopen(path)
     if run.protocol.of_pictures:
         raise UserError(f"{path} has no reference clips: there is nothing to read in other ways")
+    if run.directory.is_cleaned():
+        raise UserError(f"{path} cannot be scored in other ways: {CLEANED}")
     run.cases = [case for case in run.cases if case.is_first]  # of several clips of an input, one
     cases = run.cases[:limit]
     if len(cases) < 4:

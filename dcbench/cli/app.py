@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from dcbench.cli import evaluate, model, probe, submit, tools, weights
+from dcbench.cli import evaluate, model, probe, storage, submit, tools, weights
 from dcbench.errors import SharedError, UserError, first_line
 from dcbench.escape import screen
 from dcbench.version import __version__
@@ -51,6 +51,9 @@ app.command()(evaluate.score)
 app.command()(evaluate.status)
 app.command()(evaluate.report)
 app.command("list")(evaluate.list_)
+app.command()(storage.clean)
+app.command()(storage.push)
+app.command()(storage.pull)
 app.command()(probe.ablate)
 app.command()(model.animate)
 app.command()(model.train)
@@ -62,7 +65,16 @@ app.add_typer(weights.weights, name="weights")
 app.add_typer(probe.probe, name="probe")
 
 
-CONTINUED = ("run", "sample", "score", "ablate", "train", "weights")  # commands that go on where they were stopped
+CONTINUED = (
+    "run",
+    "sample",
+    "score",
+    "ablate",
+    "train",
+    "weights",
+    "push",
+    "pull",
+)  # commands that go on where they were stopped
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 

@@ -19,6 +19,7 @@ from dcbench.record import Case, read_per_clip
 from dcbench.reports.results import Result, name_runs
 from dcbench.reports.tables import COST_HEADINGS, Table, show_value
 from dcbench.runs import planning
+from dcbench.runs.directory import CLEANED, RunDirectory
 from dcbench.video import write_mp4
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -96,7 +97,9 @@ class ClipSource:
             except UserError as error:
                 file = run.directory.clip(case.id)
                 there = case.id in run.folder or file.exists()
-                lost[path] = str(error).removeprefix(f"{file}: ") if there else "no clip was made"
+                made = case.id in run.directory.made_samples()
+                absent = "its clip was removed" if made else "no clip was made"
+                lost[path] = str(error).removeprefix(f"{file}: ") if there else absent
         image, reference, missing = None, None, self.missing
         if not missing:
             try:
@@ -147,6 +150,7 @@ def write_page(
         cost_headings=COST_HEADINGS,
         figures=figures,
         sections=sections,
+        without=[f"{labels[run.path]}: {CLEANED}" for run in runs if RunDirectory(run.path).is_cleaned()],
         metrics=sorted({name for section in sections for name in section.metrics}),
     )
     write_text(to / "index.html", page)

@@ -19,6 +19,7 @@ from dcbench.members import InUse, Member, Mode
 from dcbench.progress import duration
 
 Line = dict[str, Any]  # of samples.jsonl: what is known of a finished clip
+CLEANED = "its clips were removed (`dcbench clean`); `dcbench run` with the options of this run makes them again"
 
 
 @dataclass
@@ -146,6 +147,19 @@ class RunDirectory:
         self._known[path.name] = log
         return log.rows
 
+    def made_samples(self) -> dict[str, Line]:
+        """The line of each clip that was made, by clip id, also of those whose file is gone."""
+        return self._rows()
+
+    def is_cleaned(self) -> bool:
+        """Whether none of the clips that were made is there any more: `dcbench clean` removes them."""
+        made = self._rows()
+        return bool(made) and not any(self.clip(clip_id).is_file() for clip_id in made)
+
+    def leftovers(self) -> list[Path]:
+        """The incomplete files of processes that were killed."""
+        return [*(self.path / "clips").glob(".*"), *self.path.glob(".*.json*-*")]
+
     def damaged(self) -> dict[str, str]:
         """Finished clips whose file is not the one that was written, and why, by clip id."""
         found = {}
@@ -162,7 +176,7 @@ class RunDirectory:
 
         Puts the logs of several processes together. Only for a process that is alone in the directory.
         """
-        for leftover in [*(self.path / "clips").glob(".*"), *self.path.glob(".*.json*-*")]:
+        for leftover in self.leftovers():
             leftover.unlink(missing_ok=True)
         logs = self.logs()
         for clip_id in (lost := self.damaged()):

@@ -31,7 +31,7 @@ from dcbench.protocol import Protocol
 from dcbench.ranks import gather, held_by_first_rank, join_ranks, on_first_rank, rank, together, world_size
 from dcbench.record import Case, Cost, Failure, Record, Score
 from dcbench.runs import suspect
-from dcbench.runs.directory import RunDirectory
+from dcbench.runs.directory import CLEANED, RunDirectory
 from dcbench.runs.metrics import Metrics, build_metrics, card_file, choose_metrics, score_name
 from dcbench.runs.run import Options, Run
 from dcbench.runs.sampling import raise_lost
@@ -395,6 +395,8 @@ def score(run: Run, options: Options, metrics: Sequence[str] | None = None, stri
 
 def _check_clips(run: Run) -> None:
     """Raise UserError if a generated clip is damaged: a score without it would silently replace a better one."""
+    if run.directory.is_cleaned():
+        raise UserError(f"{run.directory.path} cannot be scored: {CLEANED}. `dcbench pull` may bring them back")
     if damaged := run.directory.damaged():
         first, why = next(iter(damaged.items()))
         raise UserError(

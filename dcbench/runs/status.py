@@ -9,7 +9,7 @@ from dcbench.errors import UserError
 from dcbench.files import read_json, read_jsonl
 from dcbench.members import Seen, present
 from dcbench.progress import duration
-from dcbench.runs.directory import RunDirectory
+from dcbench.runs.directory import CLEANED, RunDirectory
 
 RECENT = 3600.0  # seconds before the last clip that the rate is measured over
 ALONE = "one process"
@@ -34,6 +34,7 @@ class Status:
     missing: tuple[str, ...]  # ids
     unreadable: tuple[str, ...]  # ids of videos that the plan left out
     is_scored: bool
+    is_cleaned: bool  # its clips were removed
     makers: tuple[Maker, ...]
     rate: float  # clips a second of all processes together; 0: not known
 
@@ -59,6 +60,7 @@ def status(path: Path) -> Status:
         tuple(clip_id for clip_id in ids if clip_id not in finished),
         tuple(str(entry.get("id")) for entry in excluded if entry.get("rule") == "unreadable"),
         directory.record.is_file(),
+        directory.is_cleaned(),
         tuple(_makers(finished, times, present(directory.members))),
         _rate(sorted(times.values())),
     )
@@ -89,7 +91,9 @@ def _rate(times: list[float]) -> float:
 def lines(found: Status) -> list[str]:
     """The status in words, for a terminal."""
     said = [f"{found.path}: {found.finished} of {found.planned} clips are finished"]
-    if found.missing:
+    if found.is_cleaned:
+        said.append(f"{'scored' if found.is_scored else 'not scored'}; {CLEANED}")
+    elif found.missing:
         left = found.seconds_left
         soon = f"; at this rate {duration(left)} left" if left is not None else ""
         speed = f", {found.rate * 3600:.0f} clips an hour{soon}" if found.rate else ""

@@ -1,12 +1,21 @@
-"""torchrun with two processes, one of which fails: the run ends soon, with one message; the same command mends it."""
+"""torchrun with two processes, one of which fails: the run ends soon, with one message; the same command mends it.
 
+And torchrun on two nodes.
+"""
+
+import contextlib
+import json
 import os
+import pickle
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+from slow_model import kept, world
 
 from dcbench import ranks
 from dcbench.errors import UserError
@@ -92,6 +101,15 @@ def test_a_grid_goes_on_with_the_other_model(fault, tmp_path):
     assert finished(tmp_path) == 2
 
 
+def test_what_a_context_gives_is_not_sent_to_the_others(monkeypatch):
+    """A lock has threads, which cannot be pickled."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(ranks.dist, "broadcast_object_list", lambda values, src: pickle.dumps(values))
+    with ranks.held_by_first_rank(lambda: contextlib.nullcontext(threading.Lock())):
+        pass
+
+
 LEFT_OVER = {
     "no address": ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE is 2, but MASTER_ADDR is not set"),
     "no number": ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'.*unset WORLD_SIZE"),
@@ -112,3 +130,41 @@ def test_variables_that_an_earlier_job_left_are_named(case, monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):
         ranks.join_ranks()
+
+
+@pytest.mark.slow
+def test_two_nodes_give_the_bytes_of_one_process(tmp_path):
+    """Each node has a torchrun of its own. They share the run's directory, and find each other at one address."""
+    world(tmp_path)
+    command = [
+        *("run", "--model", "model.py:Slow", "--dataset", "shapes", "--limit", "6", "--metrics", "motion"),
+        *("--protocol", "small.toml", "--device", "cpu"),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    one = [sys.executable, "-m", "dcbench", *command, "--out", "one"]
+    assert subprocess.run(one, cwd=tmp_path, env=environment, capture_output=True).returncode == 0
+    (tmp_path / "made").unlink()
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    node = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"),
+        *("--rdzv-backend=c10d", f"--rdzv-endpoint={address}", "--rdzv-id=test"),
+        *("-m", "dcbench", *command, "--out", "two"),
+    ]
+    logs = [tmp_path / "node0", tmp_path / "node1"]
+    nodes = []
+    for log in logs:
+        with log.open("wb") as file:
+            nodes.append(subprocess.Popen(node, cwd=tmp_path, env=environment, stdout=file, stderr=file))
+    try:
+        codes = [process.wait(timeout=300) for process in nodes]
+    finally:
+        for process in nodes:
+            process.terminate()
+    assert codes == [0, 0], "\n".join(log.read_text() for log in logs)
+    assert kept(tmp_path / "two") == kept(tmp_path / "one")
+    made = (tmp_path / "made").read_text().split()
+    assert len(made) == len(set(made)) == 6
+    rows = [json.loads(line) for line in (tmp_path / "two" / "samples.jsonl").read_text().splitlines()]
+    assert [row.get("process") for row in rows].count("rank1") == 3  # the second node made half of them
