@@ -277,10 +277,10 @@ class _RayPool:
     def _tell_once(self) -> None:
         """Say what is waited for, if no worker has answered yet."""
         if not self._is_told:
-            has = self._ray.cluster_resources()
+            cpus, gpus = (self._ray.cluster_resources().get(what, 0) for what in ("CPU", "GPU"))
             print(
                 f"no worker on Ray has loaded the model in {PATIENCE:g} s. If this goes on, there is no room: each "
-                f"wants {self._needs}, and the cluster has {has.get('CPU', 0):g} CPU and {has.get('GPU', 0):g} GPU in all",
+                f"wants {self._needs}, and the whole cluster has {cpus:g} CPU and {gpus:g} GPU",
                 file=sys.stderr,
                 flush=True,
             )

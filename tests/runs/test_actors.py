@@ -127,7 +127,7 @@ def test_a_batch_that_kills_its_workers_ends_the_run():
 def test_workers_that_cannot_load_the_model_end_the_run():
     pool = Simulated(loads=[1.0], seconds=[1.0])
     pool.deaths = dict.fromkeys(range(100), 0.5)
-    with pytest.raises(UserError, match="6 workers on Ray ended while they loaded the model, .*: its machine left"):
+    with pytest.raises(UserError, match=r"6 workers on Ray ended while they loaded the model, .*: its machine left"):
         list(share_out(pool, batches(9), 3))
 
 
@@ -136,7 +136,7 @@ def test_an_error_of_the_model_is_raised_as_it_is():
         def give(self, worker: int, batch: Sequence[Request]) -> None:
             self._answer(worker, 1.0, ZeroDivisionError("the cause"))
 
-    with pytest.raises(ZeroDivisionError, match="^the cause$"):
+    with pytest.raises(ZeroDivisionError, match=r"^the cause$"):
         list(share_out(Fails(loads=[1.0], seconds=[1.0]), batches(3), 2))
 
 
