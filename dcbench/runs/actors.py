@@ -10,6 +10,7 @@ import logging
 import os
 import platform
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -32,6 +33,7 @@ from dcbench.runs.run import Options
 from dcbench.runs.workers import TRIES, Batch, picklable
 from dcbench.version import __version__
 
+ANSWERS = 10.0  # seconds in which the machine of an address answers
 PATIENCE = 30.0  # seconds without a worker, after which the user is told what is waited for
 
 Made = tuple[Line, bytes]  # a clip's line and its file
@@ -336,8 +338,11 @@ def _import_ray() -> Any:
 def _init(ray: Any, address: str) -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)  # before it starts, it has things to say
     try:
+        if address not in ("local", "auto"):
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=ANSWERS).close()  # Ray would try for minutes
         ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         why = first_line(error).rstrip(".")
         if address == "local":
             raise UserError(f"Ray does not start on this machine: {why}") from error

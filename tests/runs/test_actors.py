@@ -297,6 +297,8 @@ def no_ray(address: str, **_: Any) -> None:
     ("address", "message"),
     [
         ("auto", r"--address auto: cannot connect to Ray: Could not find any running Ray instance. Start it there"),
+        ("127.0.0.1:9", r"--address 127.0.0.1:9: cannot connect to Ray: .*Connection refused"),
+        ("nowhere", r"--address nowhere: cannot connect to Ray: invalid literal"),
         ("ray://head:10001", "Ray Client is not supported"),
         (None, "Ray does not start on this machine"),
     ],

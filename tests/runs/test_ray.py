@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -53,9 +54,17 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(autouse=True)
-def quiet_world(here: Path) -> None:
+def nothing_begun(here: Path, one: dict[str, bytes]) -> None:
     for name in ("begun", "kills", "fails", "closed"):
         (here / name).unlink(missing_ok=True)
+
+
+@pytest.fixture(scope="module")
+def one(here: Path) -> dict[str, bytes]:
+    """The files of the run that one process makes."""
+    code, said = finished(start(here, "--out", "one"))
+    assert code == 0, said
+    return kept(here / "one")
 
 
 @pytest.fixture(scope="module")
@@ -103,11 +112,8 @@ def lives(pid: int) -> bool:
     return state.exists() and state.read_text().rpartition(")")[2].split()[0] not in "ZX"
 
 
-def test_a_node_that_is_killed_and_one_that_joins(here, cluster):
+def test_a_node_that_is_killed_and_one_that_joins(here, one, cluster):
     """The record, the lines of the clips and the clips are those of one process to the byte."""
-    code, said = finished(start(here, "--out", "one"))
-    assert code == 0, said
-    (here / "begun").unlink()
     (here / "closed").touch()
     process = start(here, "--out", "several", "--engine", "ray", "--address", cluster.address, "--workers", "3")
     until(lambda: len(begun(here)) == 3, process)
@@ -124,13 +130,13 @@ def test_a_node_that_is_killed_and_one_that_joins(here, cluster):
     code, said = finished(process)
     assert code == 0, said
     assert "Ray: 3 workers, each with 1 CPU" in said
-    assert kept(here / "several") == kept(here / "one")
-    assert len(kept(here / "several")) == 4 + 8
+    assert kept(here / "several") == one
+    assert len(one) == 4 + 8
     assert [clip for clip, _ in begun(here)].count(again) == 2
     assert len(begun(here)) == 9
 
 
-def test_a_clip_that_kills_its_workers_ends_the_run_and_what_is_finished_stays(here, cluster):
+def test_a_clip_that_kills_its_workers_ends_the_run_and_what_is_finished_stays(here, one, cluster):
     clip = next(path.stem for path in sorted((here / "one" / "clips").iterdir()))
     (here / "kills").write_text(clip)
     on = ("--out", "kills-run", "--engine", "ray", "--address", cluster.address, "--workers", "2")
@@ -141,7 +147,7 @@ def test_a_clip_that_kills_its_workers_ends_the_run_and_what_is_finished_stays(h
     (here / "kills").unlink()
     code, said = finished(start(here, *on))
     assert code == 0, said
-    assert kept(here / "kills-run") == kept(here / "one")
+    assert kept(here / "kills-run") == one
 
 
 def test_an_error_of_the_model_is_told_once(here, cluster):
@@ -164,9 +170,16 @@ def test_no_worker_outlives_its_run(how, here, cluster):
     until(lambda: not lives(begun(here)[0][1]))
 
 
-def test_a_ray_of_our_own_is_ended(here, tmp_path, monkeypatch):
-    """With a temporary folder of its own, all processes of this Ray have that in their command line."""
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+@pytest.fixture
+def short() -> Iterator[str]:
+    """A folder with a short name: Ray's sockets are in it."""
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
+        yield folder
+
+
+def test_a_ray_of_our_own_is_ended(here, one, short, monkeypatch):
+    """With a temporary folder of its own, processes of this Ray have it in their command line."""
+    monkeypatch.setenv("RAY_TMPDIR", short)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     process = start(here, "--out", "own", "--engine", "ray", "--workers", "1")
 
@@ -177,7 +190,7 @@ def test_a_ray_of_our_own_is_ended(here, tmp_path, monkeypatch):
                 text = path.read_bytes().decode(errors="replace")
             except OSError:
                 continue
-            found += [text] if str(tmp_path) in text else []
+            found += [text] if short in text else []
         return found
 
     until(lambda: any("raylet" in text for text in of_ray()), process)
@@ -185,4 +198,21 @@ def test_a_ray_of_our_own_is_ended(here, tmp_path, monkeypatch):
     assert code == 0, said
     assert "Token" not in said
     until(lambda: not of_ray())
-    assert len(list((here / "own" / "clips").iterdir())) == 8
+    assert kept(here / "own") == one
+
+
+@pytest.mark.parametrize("address", ["auto", "127.0.0.1:9"])
+def test_no_cluster_at_the_address(address, here, short, monkeypatch):
+    monkeypatch.setenv("RAY_TMPDIR", short)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    code, said = finished(start(here, "--out", "none", "--engine", "ray", "--address", address))
+    assert code == 2
+    assert f"dcbench: --address {address}: cannot connect to Ray: " in said
+    assert len(said.splitlines()) == 1, said
+
+
+def test_a_ray_that_cannot_start(here, short, monkeypatch):
+    monkeypatch.setenv("RAY_TMPDIR", f"{short}/{'long' * 25}")
+    code, said = finished(start(here, "--out", "none", "--engine", "ray"))
+    assert code == 2
+    assert "dcbench: Ray does not start on this machine: " in said
