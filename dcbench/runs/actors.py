@@ -319,6 +319,8 @@ def connected(address: str | None) -> Iterator[tuple[Any, bool]]:
             f"--address {address}: Ray Client is not supported. Start dcbench on a machine of the cluster with "
             "--address auto, or give it to the cluster: ray job submit -- dcbench run ..."
         )
+    if address not in ("local", "auto") and not address.rpartition(":")[2].isdecimal():
+        raise UserError(f"--address {address}: expected auto, or a machine and its port, such as head:6379")
     try:
         with _signals_kept():
             _init(ray, address)
