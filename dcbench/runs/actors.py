@@ -9,6 +9,7 @@ import importlib
 import logging
 import os
 import platform
+import re
 import signal
 import socket
 import sys
@@ -298,8 +299,11 @@ class _RayPool:
 
 
 def _reason(error: Exception) -> str:
-    """The line of an error of Ray that says why."""
-    return first_line(error)
+    """What an error of Ray says of the cause. Its texts have many lines, with the cause in the middle or at the end."""
+    text = str(error)
+    if died := re.search(r"because (its [\w ]+ has died)(?:\. Worker exit type: (\w+))?", text):
+        return died[1] + (f" ({died[2]})" if died[2] else "")
+    return next((line for line in reversed(text.splitlines()) if re.match(r"\w+Error: ", line)), first_line(error))
 
 
 @contextlib.contextmanager

@@ -150,23 +150,38 @@ def ideal(loads: Sequence[float], seconds: Sequence[float], clips: int) -> float
     return high
 
 
-OVERHEAD = 0.025
+OVERHEAD = 0.03  # seconds
 
 
 @pytest.mark.parametrize("leaving", [0, 8])
 def test_64_uneven_workers_are_busy(leaving):
     """GPUs of 10 to 40 s a clip, the last of which joins after 10 minutes, and 4096 clips.
 
-    `OVERHEAD` is what a clip costs beside the model, measured with benchmarks/engines.py and rounded up. All of it is
-    taken as work of this process, one clip after the other. When eight workers leave in the middle, each loses its clip
-    and loads the model again. The bound for `ideal` is 10 %; 64 clips each make the end uneven by one clip at most.
+    `OVERHEAD` is what a clip of `still` costs in all with one worker: 0.026 s by benchmarks/engines.py --ray, on two
+    busy cores. All of it is taken as work of this process, one clip after the other, though the worker does a part.
+    Eight workers that leave lose their clip, and others load the model again. The end is uneven by one clip at most.
     """
     loads = [60.0 + 540 * n / 63 for n in range(64)]
     seconds = [10.0 + 30 * (n * 37 % 64) / 63 for n in range(64)]
     pool = Simulated(loads, seconds, OVERHEAD)
     pool.deaths = {8 * n: 700.0 + n for n in range(leaving)}
     assert len(list(share_out(pool, batches(4096), 64))) == 4096
-    assert 1 <= pool.now / ideal(loads, seconds, 4096) < 1.1
+    assert 1 <= pool.now / ideal(loads, seconds, 4096) < 1.03  # measured: 1.017 and 1.018
+
+
+REASONS = {
+    "The actor died.\n\tpid: 3\nThe actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR "
+    "Worker exit detail: End of file.": "its worker process has died (SYSTEM_ERROR)",
+    "The actor died.\nThe actor died because its node has died. Node Id: 12ab": "its node has died",
+    "The actor died because of an error raised in its creation task\nRuntimeError: The actor failed to import.\n\n"
+    "ModuleNotFoundError: No module named 'dcbench'": "ModuleNotFoundError: No module named 'dcbench'",
+    "Something else.\nMore.": "Something else.",
+}
+
+
+@pytest.mark.parametrize("text", REASONS)
+def test_the_reason_of_a_death_is_one_line(text):
+    assert actors._reason(Exception(text)) == REASONS[text]
 
 
 # --- a worker ---------------------------------------------------------------------------------------------------------
