@@ -1,5 +1,6 @@
 """`--engine ray` on a real Ray: three nodes on this machine, each with one CPU."""
 
+import importlib
 import signal
 import subprocess
 import sys
@@ -69,10 +70,8 @@ def one(here: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def cluster(here: Path) -> Iterator[Any]:
-    from ray.cluster_utils import Cluster
-
     node = {"num_cpus": 1, "object_store_memory": SMALL, "include_dashboard": False}
-    several = Cluster(initialize_head=True, head_node_args=node)
+    several = importlib.import_module("ray.cluster_utils").Cluster(initialize_head=True, head_node_args=node)
     for _ in range(2):
         several.add_node(wait=False, num_cpus=1, object_store_memory=SMALL)
     several.wait_for_nodes(timeout=200)
