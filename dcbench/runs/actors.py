@@ -237,7 +237,8 @@ def choose_needs(card: ModelCard, options: Options, cluster: Mapping[str, float]
         gpus = 1 if options.device == "cuda" or (options.device == "auto" and has_gpus) else 0
     # a large model on a CPU takes as many threads as in one process, because their number may change a clip by rounding
     cpus = 1 if gpus or is_clip_a_core(card) else torch.get_num_threads()
-    room = min(has_cpus // cpus, int(has_gpus / gpus) if gpus else has_cpus)
+    on_gpus = has_gpus * int(1 / gpus) if 0 < gpus < 1 else int(has_gpus / (gpus or 1))  # two of 0.7 need two GPUs
+    room = min(has_cpus // cpus, on_gpus if gpus else has_cpus)
     needs = Needs(options.ray.workers or max(1, room), cpus, gpus)
     if is_ours and needs.workers > room:
         raise UserError(

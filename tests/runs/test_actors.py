@@ -245,6 +245,8 @@ def test_an_error_of_a_worker_is_an_answer():
         (OnRay(), {"CPU": 8.0}, False, (8, 1, 0)),
         (OnRay(), {"CPU": 16.0, "GPU": 3.0}, False, (3, 1, 1)),
         (OnRay(gpus=0.5), {"CPU": 16.0, "GPU": 3.0}, False, (6, 1, 0.5)),
+        (OnRay(gpus=0.7), {"CPU": 16.0, "GPU": 3.0}, False, (3, 1, 0.7)),
+        (OnRay(gpus=2), {"CPU": 16.0, "GPU": 3.0}, False, (1, 1, 2)),
         (OnRay(gpus=0), {"CPU": 4.0, "GPU": 3.0}, False, (4, 1, 0)),
         (OnRay(workers=64, gpus=1), {"CPU": 4.0}, False, (64, 1, 1)),  # machines that are yet to join
         (OnRay(), {}, False, (1, 1, 0)),
