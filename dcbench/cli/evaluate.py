@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dcbench.cli.options import (
+    Address,
     Batch,
     Calibrate,
     Data,
@@ -17,6 +18,8 @@ from dcbench.cli.options import (
     Download,
     DryRun,
     Dtype,
+    Engine,
+    GpusPerWorker,
     Join,
     Limit,
     Manifest,
@@ -30,7 +33,9 @@ from dcbench.cli.options import (
     Seed,
     Settings,
     Shard,
+    Workers,
     names,
+    on_ray,
     run_options,
 )
 from dcbench.errors import UserError
@@ -90,6 +95,10 @@ def run(
     download: Download = False,
     shard: Shard = None,
     join: Join = False,
+    engine: Engine = None,
+    address: Address = None,
+    workers: Workers = None,
+    gpus_per_worker: GpusPerWorker = None,
     dry_run: DryRun = False,
     calibrate: Calibrate = None,
 ) -> None:
@@ -99,9 +108,12 @@ def run(
     """
     from dcbench.runs import grid
 
-    options = run_options(device, dtype, batch_size, download, shard, join)
+    ray = on_ray(engine, address, workers, gpus_per_worker)
+    options = run_options(device, dtype, batch_size, download, shard, join, ray)
     if calibrate and not dry_run:
         raise UserError("--calibrate belongs to --dry-run: give both, or leave it out")
+    if calibrate and engine:
+        raise UserError("--calibrate measures this machine; leave out --engine")
     cells = grid.cells(model, dataset, data or [], settings or [], out, manifest)
     write = not dry_run or calibrate is not None  # what is made to measure is the beginning of the run
     planned = [_prepare(cell, protocol, seed, limit, manifest, options, write, samples) for cell in cells]
@@ -138,9 +150,14 @@ def sample(
     download: Download = False,
     shard: Shard = None,
     join: Join = False,
+    engine: Engine = None,
+    address: Address = None,
+    workers: Workers = None,
+    gpus_per_worker: GpusPerWorker = None,
 ) -> None:
     """Only generate the clips: the first half of `run`."""
-    options = run_options(device, dtype, batch_size, download, shard, join)
+    ray = on_ray(engine, address, workers, gpus_per_worker)
+    options = run_options(device, dtype, batch_size, download, shard, join, ray)
     from dcbench.ranks import rank
     from dcbench.runs.grid import Cell
     from dcbench.runs.sampling import sample as sample_run

@@ -11,7 +11,7 @@ import typer
 from dcbench.errors import UserError
 
 if TYPE_CHECKING:
-    from dcbench.runs.sampling import Options
+    from dcbench.runs.run import OnRay, Options
 
 
 def completes(kind: str) -> Callable[[str], list[str]]:
@@ -91,9 +91,45 @@ Join = Annotated[
     typer.Option("--join", help="Make clips that no other process makes: start the same command as often as you like."),
 ]
 
+Engine = Annotated[
+    str | None,
+    typer.Option("--engine", help="ray: workers on a Ray cluster make the clips. Default: this machine makes them."),
+]
+Address = Annotated[
+    str | None,
+    typer.Option("--address", help="Of the Ray cluster: auto, host:6379. Default: RAY_ADDRESS, or a Ray started here."),
+]
+Workers = Annotated[
+    int | None, typer.Option("--workers", min=1, help="Of Ray. Default: as many as the cluster has room for.")
+]
+GpusPerWorker = Annotated[
+    float | None,
+    typer.Option("--gpus-per-worker", min=0, help="Default: 1, or 0 for a cluster without GPUs and --device cpu."),
+]
+
+
+def on_ray(engine: str | None, address: str | None, workers: int | None, gpus: float | None) -> "OnRay | None":
+    """The options of --engine ray; None without it. UserError for options that would change nothing."""
+    from dcbench.runs.run import OnRay
+
+    if engine == "ray":
+        return OnRay(address, workers, gpus)
+    if engine is not None:
+        raise UserError(f"--engine {engine}: expected ray; without --engine, this machine makes the clips")
+    given = {"--address": address, "--workers": workers, "--gpus-per-worker": gpus}
+    if wrong := [name for name, value in given.items() if value is not None]:
+        raise UserError(f"{', '.join(wrong)} is of --engine ray; give --engine ray, or leave it out")
+    return None
+
 
 def run_options(
-    device: str, dtype: str | None, batch_size: int, download: bool, shard: str | None = None, join: bool = False
+    device: str,
+    dtype: str | None,
+    batch_size: int,
+    download: bool,
+    shard: str | None = None,
+    join: bool = False,
+    ray: "OnRay | None" = None,
 ) -> "Options":
     if not download:
         os.environ["HF_HUB_OFFLINE"] = "1"  # set before huggingface_hub is imported, which reads it once
@@ -103,9 +139,15 @@ def run_options(
         raise UserError(f'--dtype "{dtype}": expected float16, bfloat16 or float32')
     if shard and join:
         raise UserError("--shard says which clips to make, --join takes any that are left; give one of the two")
+    if ray and (shard or join):
+        raise UserError("--engine ray gives each worker its clips; leave out --shard and --join")
+    if ray and device.startswith("cuda:"):
+        raise UserError(f"--device {device}: Ray chooses the GPU of each worker; give --device cuda")
+    if ray and ray.gpus is not None and device != "auto" and (device == "cpu") == (ray.gpus > 0):
+        raise UserError(f"--device {device} and --gpus-per-worker {ray.gpus:g} contradict each other; leave one out")
     part = _part(shard) if shard else None
     chosen = None if dtype == "float32" else dtype
-    return Options(device, chosen, batch_size, offline=not download, shard=part, join=join)
+    return Options(device, chosen, batch_size, offline=not download, shard=part, join=join, ray=ray)
 
 
 def _part(text: str) -> tuple[int, int]:

@@ -103,7 +103,7 @@ def _plan(arguments: Sequence[str]) -> None:
     """Plan the run without writing. UserError, or the message of the option parser, if an option is wrong."""
     from dcbench.cli.app import app
 
-    for name in ("--shard", "--join", "--dry-run"):
+    for name in ("--shard", "--join", "--engine", "--dry-run"):
         if any(given.split("=")[0] == name for given in arguments):
             raise UserError(f"{name} cannot be given to submit: it decides itself which job makes which clips")
     command: Any = typer.main.get_command(app)

@@ -86,6 +86,11 @@ def _of_class(card: ModelCard) -> Iterable[str]:
     return getattr(load_entry_point(card), "conditions_on", ())
 
 
+def conditions_on(card: ModelCard) -> frozenset[str]:
+    """What a card and the class of its model say that the model conditions on."""
+    return frozenset(card.conditions_on) | frozenset(_of_class(card))
+
+
 ShapeOf = Callable[[ModelCard, float | None], ClipShape]
 
 

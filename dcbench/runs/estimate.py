@@ -98,7 +98,9 @@ def _make(run: Run, options: Options) -> float | None:
 
 
 def _processes(run: Run, runtime: Runtime, options: Options, clips: int | None = None) -> int:
-    """How many processes make clips at once on this machine."""
+    """How many processes make clips at once."""
+    if options.ray:
+        return options.ray.workers or 1
     if world_size() > 1:
         return world_size()
     if run.model is None or runtime.device != "cpu" or not is_clip_a_core(run.model):

@@ -23,6 +23,15 @@ from dcbench.runs.directory import RunDirectory
 
 
 @dataclass(frozen=True)
+class OnRay:
+    """How clips are made on a Ray cluster. None: see `runs/actors.py`."""
+
+    address: str | None = None
+    workers: int | None = None
+    gpus: float | None = None  # of each worker
+
+
+@dataclass(frozen=True)
 class Options:
     """How to execute a plan. These options change a clip only by rounding (device, dtype, batch size)."""
 
@@ -33,6 +42,7 @@ class Options:
     quiet: bool = False
     shard: tuple[int, int] | None = None  # (3, 16): this process makes the third of sixteen parts of the clips
     join: bool = False  # this process makes clips that no other process makes
+    ray: OnRay | None = None  # clips are made by workers on a Ray cluster
 
     def runtime(self) -> Runtime:
         device = self.device

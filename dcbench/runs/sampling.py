@@ -14,10 +14,11 @@ import torch
 from dcbench import video
 from dcbench.errors import SharedError, UserError
 from dcbench.escape import screen
-from dcbench.models.base import Request, Runtime, Wanted, check_wanted, is_clip_a_core
+from dcbench.models.base import Request, Runtime, Wanted, check_wanted, conditions_on, is_clip_a_core
 from dcbench.progress import track
 from dcbench.ranks import gather, held_by_first_rank, join_ranks, on_first_rank, rank, together, world_size
 from dcbench.record import Case
+from dcbench.runs.actors import make_on_ray
 from dcbench.runs.directory import Line
 from dcbench.runs.making import Maker, one_thread
 from dcbench.runs.run import Options, Run
@@ -52,6 +53,8 @@ def sample(run: Run, options: Options) -> bool:
         return True
     if options.shard or options.join:
         return _with_others(run, options)
+    if options.ray and world_size() > 1:
+        raise UserError("--engine ray starts workers itself: start one process, without torchrun")
     join_ranks()
     with held_by_first_rank(lambda: run.directory.locked("making clips")):
         on_first_rank(run.directory.mend)
@@ -130,8 +133,13 @@ def _made(run: Run, options: Options, share: Share, missing: Sequence[Case]) -> 
     assert run.model is not None
     runtime = options.runtime()
     small = runtime.device == "cpu" and is_clip_a_core(run.model)
-    cores = min(torch.get_num_threads(), -(-len(share.cases) // options.batch_size))
-    if small and cores > 1 and world_size() == 1 and os.name == "posix":
+    batches = -(-len(share.cases) // options.batch_size)
+    cores = min(torch.get_num_threads(), batches)
+    if options.ray:
+        requests = _requests(run, share, options.batch_size, "reference" in conditions_on(run.model))
+        ids = [case.id for case in missing]
+        finished = make_on_ray(run.model, options, run.directory.path, requests, batches, ids)
+    elif small and cores > 1 and world_size() == 1 and os.name == "posix":
         requests = _requests(run, share, options.batch_size, with_reference=False)
         finished = make_in_workers(run.model, runtime, run.directory.path, requests, cores)
     else:

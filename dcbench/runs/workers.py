@@ -131,7 +131,7 @@ def work(descriptor: int) -> None:
     except (EOFError, ConnectionError):
         return
     except BaseException as error:
-        _send(channel, _picklable(error))
+        _send(channel, picklable(error))
 
 
 def _send(channel: Connection, value: Any) -> None:
@@ -148,7 +148,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _picklable(error: BaseException) -> Any:
+def picklable(error: BaseException) -> Any:
     """The error, if a pipe can carry it; otherwise one with its name and message."""
     try:
         pickle.loads(pickle.dumps(error))

@@ -168,6 +168,6 @@ def test_an_error_that_cannot_be_sent_has_its_name_and_message():
     class Own(Exception):
         pass
 
-    assert str(workers._picklable(Own("why\nmore"))) == "Own: why"
-    sent = workers._picklable(UserError("why"))
+    assert str(workers.picklable(Own("why\nmore"))) == "Own: why"
+    sent = workers.picklable(UserError("why"))
     assert isinstance(sent, UserError)
