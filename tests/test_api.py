@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def test_a_model_by_name_is_the_run_of_the_command_line(here):
     frame = found.to_frame()
     assert list(frame.index) == ["first_frame_psnr", "motion"]
     assert frame.loc["motion", "value"] == found.scores["motion"].value
-    row = frame.to_dict("index")["motion"]
+    row: dict[str, Any] = frame.to_dict("index")["motion"]
     assert (row["low"], row["high"]) == found.scores["motion"].ci95
     clips = found.per_clip()
     assert list(clips.index) == [row["id"] for row in read_jsonl(found.path / "manifest.jsonl")]

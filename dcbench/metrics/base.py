@@ -63,13 +63,13 @@ class View:
 
     clip: Tensor  # uint8 [t 3 h w]: the clip to observe, generated or reference
     image: Tensor | None = None  # uint8 [3 h w], the input image
-    picture: Tensor | None = None  # uint8 [3 h w], of a data set of pictures: the same at the size of its file
     prompt: str | None = None
     reference: Tensor | None = None  # uint8 [t 3 h w]
     fps: float | None = None
     siblings: Sequence[Tensor] | None = None  # uint8 [t 3 h w] each: for the first clip of an input, the others
     truth: Mapping[str, Any] | None = None  # facts of the video from its data set, such as the scene of `shapes`
     takes: Takes | None = None  # two recordings of what happened after the input image; read when they are asked for
+    picture: Tensor | None = None  # uint8 [3 h w], of a data set of pictures: the image at the size of its file
 
     def need(self, name: str) -> Any:
         """The value of a field that the metric's card needs. UserError if it is None."""
