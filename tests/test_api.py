@@ -142,6 +142,7 @@ def test_a_notebook_shows_the_table_and_playable_clips(here):
     assert "first_frame_psnr" in shown
 
 
+@pytest.mark.slow
 def test_many_calls_keep_no_memory(here):
     """Twenty evaluations of a function, as in a training: what stays in memory does not grow."""
     import tracemalloc

@@ -83,6 +83,7 @@ def test_the_base_is_the_runs_own_score(zoomed: Path, tmp_path: Path) -> None:
     assert [row.name for row in result.rows] == ["mp4"]
 
 
+@pytest.mark.slow
 def test_another_file_of_weights_is_a_choice(tmp_path: Path) -> None:
     """The same network from a PyTorch file gives the original's FVD; half of its precision moves it a little."""
     run = zoom_of(tmp_path / "run", limit=4, num_frames=9)  # the least that I3D takes

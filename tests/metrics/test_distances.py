@@ -124,6 +124,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_value_does_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
     """1, 2 and 3 gloo processes with uneven shards, one of them empty: the same to the last bit."""
     script = tmp_path / "worker.py"

@@ -74,7 +74,6 @@ def test_scores_are_those_of_the_official_code(suite: Path, tmp_path: Path, name
     expected = OFFICIAL["scores"][name]
     score = record.scores["physics_iq"]
     assert record.n_scored == 9 and score.n_groups == 3 and score.ci95 is not None
-    print(name, score.value)
     # at other rates than 30, it compresses the real videos again too
     assert score.value == pytest.approx(OFFICIAL["compressed"][name], abs=0.05 if fps == "30" else 1.0)
     parts = ("spatiotemporal_iou", "spatial_iou", "weighted_iou", "mse")

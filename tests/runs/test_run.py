@@ -344,6 +344,7 @@ def test_ctrl_c_says_that_the_same_command_continues(tmp_path, cheap_metric):
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_trap_10_one_or_two_processes_give_the_same_record(tmp_path, cheap_metric):
     program = tmp_path / "program.py"
     program.write_text("from dcbench.cli import main\nmain()\n")
