@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import dcbench
-from dcbench import video
+from dcbench import files, video
 from dcbench.errors import UserError
 from dcbench.files import read_jsonl
 
@@ -196,3 +196,15 @@ def test_the_lines_of_the_documentation_run(here):
     lines = [line.strip() for line in block.replace("limit=8", 'limit=3, protocol="small.toml"').splitlines()]
     exec("\n".join(lines), {})
     assert {path.name.split("-")[0] for path in here.glob("runs/*")} >= {"zoom", "still"}
+
+
+def test_a_report_removes_what_a_killed_one_left(here):
+    run = evaluate("still", limit=2, metrics=["motion"])
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left = here / "report" / f".frames-1.png-{files._HOST}-{ended.pid}-abcdefgh.png"
+    left.parent.mkdir()
+    left.touch()
+    dcbench.report([run.path], here / "report")
+    assert not left.exists()
+    assert (here / "report" / "table.md").exists()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dcbench.errors import UserError
-from dcbench.files import write_text
+from dcbench.files import remove_leftovers, write_text
 from dcbench.reports.figures import Curve, cost_plot, curves, frame_grid
 from dcbench.reports.notations import costs_to_markdown, to_csv, to_latex, to_markdown
 from dcbench.reports.page import ClipSource, check_metric, group_runs, spread, write_page
@@ -37,6 +37,8 @@ class Choices:
 def write_report(runs: Sequence[Path], to: Path, choices: Choices | None = None) -> str:
     """Write table.md, table.tex, table.csv, figures and index.html to a folder. Returns the table as Markdown."""
     choices = choices or Choices()
+    for folder in (to, *filter(Path.is_dir, to.glob("*"))):  # of a report that was killed
+        remove_leftovers(folder)
     loaded = [with_partial(run) if choices.partial else run for run in load_results(runs)]
     found = numbers(loaded)
     shown = choose(loaded, found, choices.metrics, choices.published or "all")
