@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dcbench.camera import PHRASES
 from dcbench.datasets.make import claim
-from dcbench.datasets.vbench_i2v import BOXES, CAMERA, CROPS, LIST, ORIGINS, RATIOS, Cut, find_box
+from dcbench.datasets.vbench_i2v import BOXES, CROPS, LIST, ORIGINS, RATIOS, Cut, find_box
 from dcbench.errors import UserError
 from dcbench.files import atomic_write, write_json
 from dcbench.progress import track
@@ -87,7 +88,7 @@ def entries_of(scene: Scene) -> list[dict[str, Any]]:
     """The entries of a picture: one of its dimensions, and seven with a motion of the camera for a background."""
     common = {"image_type": scene.kind, "image_name": f"{scene.prompt}.jpg"}
     made = [{"prompt_en": scene.prompt, "dimension": list(scene.dimensions), **common}]
-    for words in CAMERA if not scene.discs else ():
+    for words in PHRASES if not scene.discs else ():
         made.append({"prompt_en": f"{scene.prompt}, {words}", "dimension": ["camera_motion"], **common})
     return made
 

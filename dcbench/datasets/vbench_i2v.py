@@ -17,6 +17,7 @@ from typing import Any
 
 from PIL import Image
 
+from dcbench.camera import PHRASES, asked_class
 from dcbench.catalogue import DatasetCard
 from dcbench.datasets.base import Item
 from dcbench.datasets.images import Picture
@@ -42,15 +43,6 @@ DIMENSIONS = (
     "aesthetic_quality",
     "imaging_quality",
 )
-CAMERA = {  # what a prompt of the dimension camera_motion says -> the motion that is asked for
-    "camera pans left": "pan_left",
-    "camera pans right": "pan_right",
-    "camera tilts up": "tilt_up",
-    "camera tilts down": "tilt_down",
-    "camera zooms in": "zoom_in",
-    "camera zooms out": "zoom_out",
-    "camera static": "static",
-}
 SHOWN = 3  # entries of an error
 LARGEST = 1e6  # pixels of a side
 DICE = 123  # seed of the place of a cut, in VBench's own tool
@@ -138,7 +130,7 @@ class VBenchI2V:
 
     def _item(self, entry: Entry, picture: Picture) -> Item:
         truth = {"dimensions": list(entry.dimensions), "image_type": entry.kind}
-        truth |= {"camera_motion": motion} if (motion := camera_motion(entry.prompt)) else {}
+        truth |= {"camera_motion": motion} if (motion := asked_class(entry.prompt)) else {}
         return Item(
             entry.prompt,
             picture,
@@ -258,11 +250,6 @@ def _as_box(value: Any, what: str) -> Box:
     return numbers[0], numbers[1], numbers[2], numbers[3]
 
 
-def camera_motion(prompt: str) -> str | None:
-    """The motion of the camera that a prompt asks for, or None."""
-    return next((motion for words, motion in CAMERA.items() if words in prompt), None)
-
-
 def read_list(path: Path) -> list[Entry]:
     """The entries of the list. UserError that names what is wrong: unknown dimensions, doubled prompts ..."""
     if not path.is_file():
@@ -319,8 +306,8 @@ def _outside(entries: Sequence[Entry]) -> str:
 
 
 def _without_camera(entries: Sequence[Entry]) -> str:
-    wrong = [e.prompt for e in entries if "camera_motion" in e.dimensions and camera_motion(e.prompt) is None]
-    known = f" A prompt says one of: {', '.join(CAMERA)}."
+    wrong = [e.prompt for e in entries if "camera_motion" in e.dimensions and asked_class(e.prompt) is None]
+    known = f" A prompt says one of: {', '.join(PHRASES)}."
     return _counted("prompts of camera_motion name no motion of the camera", list(map(repr, wrong)), known)
 
 

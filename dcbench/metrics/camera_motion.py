@@ -7,7 +7,6 @@ of VBench-I2V's camera_motion (arXiv 2411.13503), which follows points with CoTr
 """
 
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,34 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dcbench.camera import CLASSES, asked_class
 from dcbench.catalogue import MetricCard
 from dcbench.errors import UserError
 from dcbench.metrics.base import Observations, ShareMetric, View
 from dcbench.metrics.motion import SHORT_SIDE, Array, OpticalFlow, prepare, shared
 from dcbench.record import Score
 
-CLASSES = ("pan_left", "pan_right", "tilt_up", "tilt_down", "zoom_in", "zoom_out", "static")
-PHRASES = {  # how VBench's prompts end
-    "camera pans left": "pan_left",
-    "camera pans right": "pan_right",
-    "camera tilts up": "tilt_up",
-    "camera tilts down": "tilt_down",
-    "camera zooms in": "zoom_in",
-    "camera zooms out": "zoom_out",
-    "camera static": "static",
-}
 CORNERS = 400  # at most so many, at least 6 px apart
 FEWEST = 12  # corners for a fit of 4 numbers
 NO_REQUEST = (
     'no prompt asks for a camera motion in VBench\'s words, such as "camera pans left"; the details have the share of '
     "each class in all clips, and {}(asked=CLASS) makes it a score"
 )
-
-
-def asked_class(prompt: str | None) -> str | None:
-    """The class that a prompt asks for in VBench's words, in small or capital letters. Of several, the last one."""
-    found = re.findall("|".join(PHRASES), " ".join((prompt or "").lower().split()))
-    return PHRASES[found[-1]] if found else None
 
 
 def corners(grey: Array) -> Array:

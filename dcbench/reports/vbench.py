@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dcbench.camera import PHRASES, asked_class
 from dcbench.catalogue import slug
-from dcbench.datasets.vbench_i2v import CAMERA, DIMENSIONS, camera_motion
+from dcbench.datasets.vbench_i2v import DIMENSIONS
 from dcbench.errors import UserError
 from dcbench.files import atomic_write, write_text
 from dcbench.record import Case, Record, read_per_clip, read_record
@@ -71,13 +72,13 @@ def _result(dimension: str, value: float, cases: list[Case], rows: Mapping[str, 
         clip = {"video_path": file, "video_results": _of_clip(dimension, float(observed["value"]))}
         if dimension.startswith("i2v_"):
             clip = {"image_path": case.video, **clip}
-        if dimension == "camera_motion" and (motion := camera_motion(case.prompt)):
+        if dimension == "camera_motion" and (motion := asked_class(case.prompt)):
             clip["prompt_type"] = motion
             of_motion[motion].append(float(observed["value"]))
         clips.append(clip)
     if dimension != "camera_motion":
         return [value, clips]
-    means = {name: math.fsum(of_motion[name]) / len(of_motion[name]) for name in CAMERA.values() if of_motion[name]}
+    means = {name: math.fsum(of_motion[name]) / len(of_motion[name]) for name in PHRASES.values() if of_motion[name]}
     return [value, means, clips]
 
 

@@ -10,10 +10,11 @@ import torch
 from observing import scored
 from torch import Tensor
 
+from dcbench.camera import CLASSES, asked_class
 from dcbench.catalogue import find_metric, find_model, load_entry_point
 from dcbench.errors import UserError
 from dcbench.metrics.base import Observations, View
-from dcbench.metrics.camera_motion import CLASSES, CameraMotionMetric, asked_class, classify, corners, fit
+from dcbench.metrics.camera_motion import CameraMotionMetric, classify, corners, fit
 from dcbench.models.base import Request, Runtime
 
 PICTURES = ("astronaut.png", "coffee.png", "rocket.jpg", "motorcycle_left.png", "brick.png", "coins.png")

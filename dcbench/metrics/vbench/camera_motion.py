@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dcbench.camera import CLASSES, asked_class
 from dcbench.catalogue import MetricCard
 from dcbench.errors import UserError
 from dcbench.files import digest, sha256_file
 from dcbench.metrics.base import ShareMetric, View
-from dcbench.metrics.camera_motion import CLASSES, CameraMotionMetric, asked_class, known_asked
+from dcbench.metrics.camera_motion import CameraMotionMetric, known_asked
 from dcbench.metrics.external import OF_PROGRAM, ExternalOptions, Program
 from dcbench.programs import check_start
 from dcbench.weights import fetch, load_tensors, tensors_sha256
