@@ -16,15 +16,13 @@ import pandas as pd
 
 from dcbench import ranks, video
 from dcbench.analysis.compare import compare_runs, verdict
-from dcbench.catalogue import ModelCard, find_dataset, find_model, with_overrides
-from dcbench.errors import UserError
+from dcbench.catalogue import find_model, with_overrides
 from dcbench.models.live import card_of
-from dcbench.protocol import find_protocol
 from dcbench.record import Record, Score, read_per_clip, read_record
 from dcbench.runs import planning
 from dcbench.runs.folders import score_folders
 from dcbench.runs.grid import free_memory
-from dcbench.runs.run import Options, Run
+from dcbench.runs.run import Options
 from dcbench.runs.sampling import sample
 from dcbench.runs.scoring import score as score_run
 
@@ -129,37 +127,17 @@ def evaluate(
     options = Options(device, None if dtype == "float32" else dtype, batch_size, offline=not download, quiet=quiet)
     is_named = isinstance(model, str | Path)
     card = with_overrides(find_model(str(model)), list(settings)) if is_named else card_of(model, name)
+    folder, where, given = (Path(path).expanduser() if path else None for path in (data, out, manifest))
+    how = {"data": folder, "out": where, "seed": seed, "limit": limit, "manifest": given}
     with nullcontext() if all_ranks else ranks.alone():
-        run = _plan(card, dataset, data, protocol, samples, seed, limit, manifest, out, options, fresh or not is_named)
+        fresh = fresh or not is_named
+        run = planning.plan_named(card, dataset, protocol, samples, options, fresh=fresh, **how)
         sample(run, options)
         try:
             record = score_run(run, options, metrics)
         finally:
             free_memory()
     return Result(run.directory.path, record)
-
-
-def _plan(
-    card: ModelCard,
-    dataset: str,
-    data: Path | str | None,
-    protocol: str | None,
-    samples: int | None,
-    seed: int,
-    limit: int | None,
-    manifest: Path | str | None,
-    out: Path | str | None,
-    options: Options,
-    fresh: bool,
-) -> Run:
-    source = find_dataset(dataset)
-    chosen = find_protocol(protocol or source.protocol)
-    chosen = chosen.with_samples(samples) if samples is not None else chosen
-    folder, where, given = (Path(path).expanduser() if path else None for path in (data, out, manifest))
-    problems = planning.missing(card, source, folder) if options.offline else []
-    if problems:
-        raise UserError("\n\n".join(problems))
-    return planning.plan(card, source, chosen, folder, where, seed, limit, given, quiet=options.quiet, fresh=fresh)
 
 
 def score(

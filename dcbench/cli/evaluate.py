@@ -60,21 +60,12 @@ def _prepare(
     write: bool = True,
     samples: int | None = None,
 ) -> "Run":
-    from dcbench.catalogue import find_dataset, find_model, with_overrides
-    from dcbench.protocol import find_protocol
-    from dcbench.runs import planning
+    from dcbench.catalogue import find_model, with_overrides
+    from dcbench.runs.planning import plan_named
 
-    model, dataset = with_overrides(find_model(cell.model), list(cell.settings)), find_dataset(cell.dataset)
-    chosen = find_protocol(protocol or dataset.protocol)
-    if samples is not None:
-        chosen = chosen.with_samples(samples)
-    problems = planning.missing(model, dataset, cell.data) if options.offline else []
-    if problems:
-        problems.append("This works right now: dcbench run --model dynamicrafter-tiny --dataset shapes")
-        raise UserError("\n\n".join(problems))
-    return planning.plan(
-        model, dataset, chosen, cell.data, cell.out, seed, limit, manifest, quiet=options.quiet, write=write
-    )
+    how = {"data": cell.data, "out": cell.out, "seed": seed, "limit": limit, "manifest": manifest, "write": write}
+    model = with_overrides(find_model(cell.model), list(cell.settings))
+    return plan_named(model, cell.dataset, protocol, samples, options, **how)
 
 
 def run(

@@ -17,11 +17,11 @@ from dcbench.files import canonical, digest, not_a_whole_disk, read_jsonl, write
 from dcbench.metrics.base import View
 from dcbench.models.base import Runtime, check_ends, clip_shape
 from dcbench.progress import track
-from dcbench.protocol import FindCut, Protocol, add_apart, fingerprint, plan_clips
+from dcbench.protocol import FindCut, Protocol, add_apart, find_protocol, fingerprint, plan_clips
 from dcbench.ranks import join_ranks, on_first_rank, together
 from dcbench.record import Case, Plan, with_apart
 from dcbench.runs.directory import RunDirectory
-from dcbench.runs.run import Run, to_size
+from dcbench.runs.run import Options, Run, to_size
 from dcbench.version import __version__
 
 Chosen = tuple[Plan, list[Case]]
@@ -92,6 +92,24 @@ def plan(
     made, cases = on_first_rank(make)
     _check_shape(directory, made, resolved)
     return Run(directory, made, cases, resolved, items, model)
+
+
+def plan_named(
+    model: ModelCard, dataset: str, protocol: str | None, samples: int | None, options: Options, **how: Any
+) -> Run:
+    """`plan` on a data set and with a protocol by name (None: the data set's own), with so many clips of each input.
+
+    `how`: further arguments of `plan`. UserError, with all that is missing, if weights or data are not here.
+    """
+    source = find_dataset(dataset)
+    chosen = find_protocol(protocol or source.protocol)
+    if samples is not None:
+        chosen = chosen.with_samples(samples)
+    problems = missing(model, source, how.get("data")) if options.offline else []
+    if problems:
+        problems.append("This works right now: dcbench run --model dynamicrafter-tiny --dataset shapes")
+        raise UserError("\n\n".join(problems))
+    return plan(model, source, chosen, quiet=options.quiet, **how)
 
 
 def _remove_run(directory: RunDirectory) -> None:
