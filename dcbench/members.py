@@ -176,7 +176,6 @@ class Seen:
     host: str
     pid: int
     doing: str
-    holds: tuple[str, ...]  # what it has claimed
 
 
 def present(folder: Path) -> list[Seen]:
@@ -186,13 +185,10 @@ def present(folder: Path) -> list[Seen]:
         about = _read(path)
         with contextlib.suppress(OSError):
             if _lives(about, time.time() - path.stat().st_mtime):
-                name = path.name.rpartition(".")[0]
-                found.append((name, str(about.get("host", "")), about.get("pid", 0), str(about.get("doing", ""))))
-    held: dict[str, list[str]] = {name: [] for name, *_ in found}
-    for path in sorted((folder / "claims").glob("*@*")) if found else ():
-        with contextlib.suppress(OSError):
-            held.get(path.read_text(), []).append(path.name.rpartition("@")[0])
-    return [Seen(name, host, pid, doing, tuple(held[name])) for name, host, pid, doing in found]
+                name, _, _ = path.name.rpartition(".")
+                seen = Seen(name, str(about.get("host", "")), int(about.get("pid", 0)), str(about.get("doing", "")))
+                found.append(seen)
+    return found
 
 
 def _lives(about: dict[str, Any], silence: float) -> bool:

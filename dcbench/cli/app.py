@@ -65,16 +65,8 @@ app.add_typer(weights.weights, name="weights")
 app.add_typer(probe.probe, name="probe")
 
 
-CONTINUED = (
-    "run",
-    "sample",
-    "score",
-    "ablate",
-    "train",
-    "weights",
-    "push",
-    "pull",
-)  # commands that go on where they were stopped
+# commands that go on where they were stopped
+CONTINUED = ("run", "sample", "score", "ablate", "train", "weights", "push", "pull")
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 

@@ -163,7 +163,7 @@ class Actor:
         if setting.runtime.device == "cuda" and not torch.cuda.is_available():
             raise UserError("PyTorch finds no GPU. Install it with CUDA there, or use --device cpu")
         torch.set_num_threads(setting.threads)
-        self.maker = Maker(setting.card, setting.runtime, Path())
+        self.maker = Maker(setting.card, setting.runtime)
         name = setting.card.name
         if self.maker.prepares:
             raise UserError(
@@ -178,9 +178,9 @@ class Actor:
         """A line and a file of each clip, or the error."""
         try:
             with tempfile.TemporaryDirectory(prefix="dcbench-") as folder:
-                self.maker.directory = RunDirectory(Path(folder))
-                lines = self.maker.make(batch)
-                return [(line, self.maker.directory.clip(line["id"]).read_bytes()) for line in lines]
+                directory = RunDirectory(Path(folder))
+                lines = self.maker.make(batch, directory)
+                return [(line, directory.clip(line["id"]).read_bytes()) for line in lines]
         except BaseException as error:
             return picklable(error)
 

@@ -52,6 +52,14 @@ class RunDirectory:
         self.members = path / ".members"
         self._known: dict[str, _Log] = {}  # by file name
 
+    @classmethod
+    def of_run(cls, path: Path) -> "RunDirectory":
+        """The directory of a run. UserError if there is none."""
+        directory = cls(path)
+        if not directory.plan.is_file():
+            raise UserError(f"{path} is not a run directory: it has no plan.json. Give one that `dcbench run` made")
+        return directory
+
     def clip(self, clip_id: str) -> Path:
         return self.path / "clips" / f"{clip_id}.mkv"
 

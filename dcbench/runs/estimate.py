@@ -11,12 +11,11 @@ import torch
 
 from dcbench import machine, weights
 from dcbench.catalogue import Card
-from dcbench.models.base import Runtime, is_clip_a_core
 from dcbench.progress import duration
 from dcbench.ranks import world_size
 from dcbench.runs.metrics import build_metrics, choose_metrics
 from dcbench.runs.run import Options, Run
-from dcbench.runs.sampling import sample
+from dcbench.runs.sampling import count_workers, sample
 from dcbench.runs.scoring import observe
 
 
@@ -61,7 +60,7 @@ def estimate(run: Run, options: Options, metrics: Sequence[str] | None = None, c
         begun = time.perf_counter()
         seen = list(observe(few, list(built.built.values()), None, few.cases))
         score_each = (time.perf_counter() - begun) / len(seen)
-    runtime = options.runtime()
+    runtime, missing = options.runtime(), len(run.missing())
     finished = run.directory.finished_samples()
     here = [row for row in finished.values() if row.get("hardware") == machine.hardware(runtime.device)]
     sizes = [run.directory.clip(clip_id).stat().st_size for clip_id in finished]
@@ -69,9 +68,9 @@ def estimate(run: Run, options: Options, metrics: Sequence[str] | None = None, c
     cards: list[Card] = [*chosen, *([run.model] if run.model else [])]
     return Estimate(
         clips=len(run.cases),
-        missing=len(run.missing()),
+        missing=missing,
         seconds_each=statistics.median(row["seconds"] for row in here) if here else None,
-        processes=_processes(run, runtime, options),
+        processes=_processes(run, options, missing),
         start=start,
         score_each=score_each,
         bytes_each=statistics.mean(sizes) if sizes else raw / 2,
@@ -94,19 +93,14 @@ def _make(run: Run, options: Options) -> float | None:
     passed = time.perf_counter() - begun
     rows = run.directory.finished_samples()
     spent = sum(rows[case.id]["seconds"] for case in missing if case.id in rows)
-    return max(0.0, passed - spent / _processes(run, options.runtime(), options, len(missing)))
+    return max(0.0, passed - spent / _processes(run, options, len(missing)))
 
 
-def _processes(run: Run, runtime: Runtime, options: Options, clips: int | None = None) -> int:
-    """How many processes make clips at once."""
+def _processes(run: Run, options: Options, clips: int) -> int:
+    """How many processes make so many clips at once."""
     if options.ray:
         return options.ray.workers or 1
-    if world_size() > 1:
-        return world_size()
-    if run.model is None or runtime.device != "cpu" or not is_clip_a_core(run.model):
-        return 1
-    count = len(run.missing()) if clips is None else clips
-    return max(1, min(torch.get_num_threads(), -(-count // options.batch_size)))
+    return world_size() if world_size() > 1 else count_workers(run, options, clips)
 
 
 def lines(found: Estimate, device: str) -> list[str]:

@@ -19,9 +19,9 @@ from dcbench.runs.directory import Line, RunDirectory
 class Maker:
     """A loaded model that puts its clips into the directory of a run."""
 
-    def __init__(self, card: ModelCard, runtime: Runtime, path: Path) -> None:
+    def __init__(self, card: ModelCard, runtime: Runtime) -> None:
         machine.forget_peak_memory()
-        self.card, self.directory = card, RunDirectory(path)
+        self.card = card
         self.model = _load(card, runtime)
         self.facts: Line = {
             "device": runtime.device,
@@ -46,7 +46,7 @@ class Maker:
         assert isinstance(self.model, PreparesFirst)
         self.spent = self.model.prepare(requests, folder)
 
-    def make(self, requests: Sequence[Request]) -> list[Line]:
+    def make(self, requests: Sequence[Request], directory: RunDirectory) -> list[Line]:
         """Make and store a batch of clips. UserError for a clip that is not what was asked for."""
         start = time.perf_counter()
         made = self.model.generate(requests) if requests else []
@@ -56,7 +56,7 @@ class Maker:
         lines = []
         for request, clip in zip(requests, made, strict=True):
             clip = check_generated(clip, request, self.card.name).cpu()
-            file = self.directory.clip(request.clip_id)
+            file = directory.clip(request.clip_id)
             video.write_lossless(file, clip, request.fps)
             lines.append(
                 {

@@ -83,13 +83,15 @@ def _with_others(run: Run, options: Options) -> bool:
         work = f"work/{number}-of-{count}" if options.shard else f"work/{member.name}"
         share = Share((), member.name, work, may_make, ahead=1)
         while missing := [case for case in run.missing(mine) if case.id not in share.tried]:
+            if not any(may_make(case) for case in missing):
+                if options.shard:
+                    break
+                time.sleep(WAIT)  # the rest is being made by others; if one of them is killed, take over
+                continue
             share.cases, share.done = missing, len(mine) - len(missing)
-            before = len(share.tried)
             _make(run, options, share, missing)
             if options.shard:
                 break
-            if len(share.tried) == before:
-                time.sleep(WAIT)  # the rest is being made by others; if one of them is killed, take over
         raise_lost(share.lost, "generated")
         return all(case.id in share.unreadable for case in run.missing()) and member.claim("scoring")
 
@@ -132,18 +134,15 @@ def _made(run: Run, options: Options, share: Share, missing: Sequence[Case]) -> 
     """Make and store the clips of a share. Yields the id of each case, in the end also of the unreadable ones."""
     assert run.model is not None
     runtime = options.runtime()
-    small = runtime.device == "cpu" and is_clip_a_core(run.model)
-    batches = -(-len(share.cases) // options.batch_size)
-    cores = min(torch.get_num_threads(), batches)
     if options.ray:
         requests = _requests(run, share, options.batch_size, "reference" in conditions_on(run.model))
-        ids = [case.id for case in missing]
+        ids, batches = [case.id for case in missing], -(-len(share.cases) // options.batch_size)
         finished = make_on_ray(run.model, options, run.directory.path, requests, batches, ids)
-    elif small and cores > 1 and world_size() == 1 and os.name == "posix":
+    elif (workers := count_workers(run, options, len(share.cases))) > 1:
         requests = _requests(run, share, options.batch_size, with_reference=False)
-        finished = make_in_workers(run.model, runtime, run.directory.path, requests, cores)
+        finished = make_in_workers(run.model, runtime, run.directory.path, requests, workers)
     else:
-        finished = _in_this_process(run, share, missing, runtime, options.batch_size, small)
+        finished = _in_this_process(run, share, missing, runtime, options.batch_size)
     for lines in finished:
         for line in lines:
             run.directory.append_sample(line | ({"process": share.process} if share.process else {}), share.process)
@@ -154,12 +153,23 @@ def _made(run: Run, options: Options, share: Share, missing: Sequence[Case]) -> 
     yield from unreadable
 
 
+def count_workers(run: Run, options: Options, clips: int) -> int:
+    """How many processes of this machine make so many clips: a core each for small models on a CPU, or 1."""
+    if world_size() > 1 or os.name != "posix" or not _is_clip_a_core(run, options.runtime()):
+        return 1
+    return max(1, min(torch.get_num_threads(), -(-clips // options.batch_size)))
+
+
+def _is_clip_a_core(run: Run, runtime: Runtime) -> bool:
+    return run.model is not None and runtime.device == "cpu" and is_clip_a_core(run.model)
+
+
 def _in_this_process(
-    run: Run, share: Share, missing: Sequence[Case], runtime: Runtime, batch_size: int, small: bool
+    run: Run, share: Share, missing: Sequence[Case], runtime: Runtime, batch_size: int
 ) -> Iterator[list[Line]]:
     assert run.model is not None
-    with one_thread() if small else contextlib.nullcontext():
-        maker = Maker(run.model, runtime, run.directory.path)
+    with one_thread() if _is_clip_a_core(run, runtime) else contextlib.nullcontext():
+        maker = Maker(run.model, runtime)
         maker.check([case.id for case in missing])
         with_reference = "reference" in maker.model.conditions_on
         if maker.prepares:
@@ -167,7 +177,7 @@ def _in_this_process(
             everything = itertools.chain.from_iterable(_requests(run, share, 1, with_reference))
             maker.prepare(everything, run.directory.path / share.work)
         for requests in _requests(run, share, batch_size, with_reference):
-            yield maker.make(requests)
+            yield maker.make(requests, run.directory)
 
 
 def _requests(run: Run, share: Share, size: int, with_reference: bool) -> Iterator[list[Request]]:

@@ -5,7 +5,6 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from dcbench.errors import UserError
 from dcbench.files import read_json, read_jsonl
 from dcbench.members import Seen, present
 from dcbench.progress import duration
@@ -16,7 +15,7 @@ ALONE = "one process"
 
 
 @dataclass(frozen=True)
-class Maker:
+class Process:
     """What one process has done in a run."""
 
     name: str
@@ -35,7 +34,7 @@ class Status:
     unreadable: tuple[str, ...]  # ids of videos that the plan left out
     is_scored: bool
     is_cleaned: bool  # its clips were removed
-    makers: tuple[Maker, ...]
+    processes: tuple[Process, ...]
     rate: float  # clips a second of all processes together; 0: not known
 
     @property
@@ -46,11 +45,9 @@ class Status:
 
 def status(path: Path) -> Status:
     """How far a run is. UserError if the directory holds no plan."""
-    directory = RunDirectory(path)
-    if not directory.plan.is_file():
-        raise UserError(f"{path} is not a run directory: it has no plan.json. Give one that `dcbench run` made")
+    directory = RunDirectory.of_run(path)
     ids = [str(row.get("id")) for row in read_jsonl(directory.manifest)]
-    finished = {clip_id: row for clip_id, row in directory.finished_samples().items()}
+    finished = directory.finished_samples()
     times = {clip_id: directory.clip(clip_id).stat().st_mtime for clip_id in finished}
     excluded = read_json(directory.plan).get("excluded", [])
     return Status(
@@ -61,24 +58,24 @@ def status(path: Path) -> Status:
         tuple(str(entry.get("id")) for entry in excluded if entry.get("rule") == "unreadable"),
         directory.record.is_file(),
         directory.is_cleaned(),
-        tuple(_makers(finished, times, present(directory.members))),
+        tuple(_processes(finished, times, present(directory.members))),
         _rate(sorted(times.values())),
     )
 
 
-def _makers(finished: dict[str, dict[str, object]], times: dict[str, float], here: list[Seen]) -> list[Maker]:
+def _processes(finished: dict[str, dict[str, object]], times: dict[str, float], here: list[Seen]) -> list[Process]:
     made: dict[str, list[str]] = defaultdict(list)
     for clip_id, row in finished.items():
         made[str(row.get("process", ALONE))].append(clip_id)
     doing = {seen.name: seen.doing or "here" for seen in here}
-    now, makers = time.time(), []
+    now, processes = time.time(), []
     for name in sorted({*made, *doing}):
         seconds = [row["seconds"] for row in (finished[clip_id] for clip_id in made[name])]
         numbers = [number for number in seconds if isinstance(number, int | float)]
         last = now - max(times[clip_id] for clip_id in made[name]) if made[name] else -1.0
         mean = sum(numbers) / len(numbers) if numbers else 0.0
-        makers.append(Maker(name, len(made[name]), last, mean, doing.get(name, "")))
-    return makers
+        processes.append(Process(name, len(made[name]), last, mean, doing.get(name, "")))
+    return processes
 
 
 def _rate(times: list[float]) -> float:
@@ -104,8 +101,8 @@ def lines(found: Status) -> list[str]:
         said.append("scored")
     if found.unreadable:
         said.append(f"unreadable videos, left out when the run was planned: {len(found.unreadable)}")
-    for maker in found.makers:
-        last = f", the last one {duration(maker.last)} ago" if maker.last >= 0 else ""
-        speed = f" ({duration(maker.seconds)} each)" if maker.seconds else ""
-        said.append(f"  {maker.name}: {maker.finished} clips{speed}{last}; {maker.now or 'it has ended'}")
+    for process in found.processes:
+        last = f", the last one {duration(process.last)} ago" if process.last >= 0 else ""
+        speed = f" ({duration(process.seconds)} each)" if process.seconds else ""
+        said.append(f"  {process.name}: {process.finished} clips{speed}{last}; {process.now or 'it has ended'}")
     return said

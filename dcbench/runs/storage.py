@@ -28,7 +28,7 @@ def clean(path: Path, keep: Keep, force: bool = False, dry_run: bool = False) ->
     "record" keeps all but the clips and what "clips" removes too: the work folder of a program, and incomplete files.
     UserError if this is no run, if it is in use, or if its clips are not all scored (unless `force`).
     """
-    directory = open_directory(path)
+    directory = RunDirectory.of_run(path)
     if dry_run:
         return _removable(directory, keep, force)
     with directory.locked("cleaning"):
@@ -44,14 +44,6 @@ def clean(path: Path, keep: Keep, force: bool = False, dry_run: bool = False) ->
             count = sum(len(part.files) for part in parts)
             directory.note(f"cleaned to its {keep}: {count} files, {sum(part.size for part in parts)} bytes removed")
     return parts
-
-
-def open_directory(path: Path) -> RunDirectory:
-    """The directory of a run. UserError if there is none."""
-    directory = RunDirectory(path)
-    if not directory.plan.is_file():
-        raise UserError(f"{path} is not a run directory: it has no plan.json. Give one that `dcbench run` made")
-    return directory
 
 
 def _removable(directory: RunDirectory, keep: Keep, force: bool) -> list[Part]:

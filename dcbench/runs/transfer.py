@@ -26,7 +26,6 @@ from dcbench.files import atomic_write, canonical, parse_json, sha256_file
 from dcbench.progress import track
 from dcbench.record import check_clip_id
 from dcbench.runs.directory import RunDirectory
-from dcbench.runs.storage import open_directory
 
 INDEX = "index.json"
 LARGEST_INDEX = 2**28  # bytes; a million clips need half of it
@@ -75,7 +74,7 @@ def push(path: Path, url: str, quiet: bool = False) -> Moved:
     Clips that are at the URL and were removed here (`dcbench clean`) stay in the index. Nothing is removed at the URL.
     UserError if the URL holds something else, or if it cannot be reached.
     """
-    directory, place = open_directory(path), _Place(url)
+    directory, place = RunDirectory.of_run(path), _Place(url)
     with directory.locked("pushing"):
         mine = {name: _entry(file) for name, file in _files(directory).items()}
         before, sizes = place.index(torn=True), place.sizes()

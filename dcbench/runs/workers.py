@@ -19,7 +19,7 @@ from typing import Any
 from dcbench.catalogue import ModelCard
 from dcbench.errors import UserError, first_line
 from dcbench.models.base import Request, Runtime
-from dcbench.runs.directory import Line
+from dcbench.runs.directory import Line, RunDirectory
 from dcbench.runs.making import Maker, one_thread
 
 TRIES = 2  # for a batch whose worker was killed
@@ -125,9 +125,9 @@ def work(descriptor: int) -> None:
     try:
         card, runtime, path = _receive(channel)
         with one_thread():
-            maker = Maker(card, runtime, path)
+            maker = Maker(card, runtime)
             while True:
-                _send(channel, maker.make(_receive(channel)))
+                _send(channel, maker.make(_receive(channel), RunDirectory(path)))
     except (EOFError, ConnectionError):
         return
     except BaseException as error:
@@ -148,12 +148,13 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def picklable(error: BaseException) -> Any:
-    """The error, if a pipe can carry it; otherwise one with its name and message."""
+def picklable(error: BaseException) -> BaseException:
+    """The error, if a pipe can carry it; otherwise one with its name and the first line of its message."""
     try:
         pickle.loads(pickle.dumps(error))
-        return error
-    except Exception:
-        kind = UserError if isinstance(error, UserError) else RuntimeError
-        message = str(error) if isinstance(error, Exception) else type(error).__name__
-        return kind(message if kind is UserError else f"{type(error).__name__}: {first_line(Exception(message))}")
+    except Exception:  # whatever its class does when it is copied: the copy below is told to the user in its place
+        if isinstance(error, UserError):
+            return UserError(str(error))
+        message = first_line(error) if isinstance(error, Exception) else ""
+        return RuntimeError(f"{type(error).__name__}: {message}".removesuffix(": "))
+    return error

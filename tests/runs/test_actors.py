@@ -20,6 +20,7 @@ from dcbench.models.base import Request, Runtime
 from dcbench.protocol import find_protocol
 from dcbench.runs import actors, planning
 from dcbench.runs.actors import Actor, Died, Setting, choose_needs, share_out
+from dcbench.runs.directory import RunDirectory
 from dcbench.runs.making import Maker
 from dcbench.runs.run import OnRay, Options, Run
 from dcbench.runs.sampling import sample
@@ -197,9 +198,9 @@ def test_a_worker_gives_the_files_of_one_process(tmp_path):
     assert actor.load(setting("still")) is None
     (line, file), (other, _) = actor.make(asked)
     torch.set_num_threads(threads)
-    maker = Maker(find_model("still"), Runtime(offline=True), tmp_path)
-    here = maker.make(asked)
-    assert file == maker.directory.clip("a").read_bytes()
+    directory = RunDirectory(tmp_path)
+    here = Maker(find_model("still"), Runtime(offline=True)).make(asked, directory)
+    assert file == directory.clip("a").read_bytes()
     changing = ("seconds", "peak_memory_mb")
     assert [{k: v for k, v in row.items() if k not in changing} for row in (line, other)] == [
         {k: v for k, v in row.items() if k not in changing} for row in here

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,10 @@ from slow_model import kept, world
 from dcbench.catalogue import find_dataset, find_model
 from dcbench.errors import UserError
 from dcbench.files import canonical, read_jsonl
+from dcbench.members import Member
 from dcbench.protocol import find_protocol
-from dcbench.runs import planning, status
+from dcbench.runs import planning, sampling, status
+from dcbench.runs.making import Maker
 from dcbench.runs.run import Options, Run
 from dcbench.runs.sampling import sample
 from dcbench.runs.scoring import score
@@ -87,6 +90,21 @@ def test_a_clip_that_another_process_is_making_is_left_to_it(tmp_path):
     assert sample(run, replace(QUIET, shard=(1, 1)))  # it has left: the clip is free again
 
 
+def test_a_process_that_only_waits_loads_no_model(tmp_path, monkeypatch):
+    """The last clip is being made by another process, which ends without it: the model is loaded once, to take over."""
+    run, loaded = plan(tmp_path / "run", limit=1), []
+    monkeypatch.setattr(sampling, "WAIT", 0.05)
+    monkeypatch.setattr(sampling, "Maker", lambda *arguments: loaded.append(1) or Maker(*arguments))
+    other = Member(run.directory.members)
+    other.enter("shared")
+    assert other.claim(run.cases[0].id)
+    seen: list[int] = []
+    timer = threading.Timer(0.6, lambda: (seen.append(len(loaded)), other.leave()))
+    timer.start()
+    assert sample(run, replace(QUIET, join=True))
+    assert (seen, loaded, run.missing()) == ([0], [1], [])
+
+
 def test_a_torn_line_of_a_killed_shard_is_made_again(tmp_path, whole):
     out = tmp_path / "run"
     for number in (1, 2):
@@ -122,7 +140,7 @@ def test_how_far_a_run_is(tmp_path):
         found = status.status(out)
         assert (found.planned, found.finished, found.is_scored) == (8, 4, False)
         assert list(found.missing) == [case.id for case in run.cases[1::2]]
-        made = {maker.now: maker.finished for maker in found.makers}
+        made = {process.now: process.finished for process in found.processes}
         assert made == {"": 4, "making clips": 0}
         said = "\n".join(status.lines(found))
         assert "4 of 8 clips are finished" in said

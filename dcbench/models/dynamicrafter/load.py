@@ -25,13 +25,8 @@ from dcbench.models.dynamicrafter.pipeline import (
     settings,
 )
 
-PLACES = (
-    "variant",
-    "folder",
-    "rest",
-    "random_seed",
-    "checkpoint",
-)  # options that say which networks, not how they are run
+# options that say which networks, not how they are run
+PLACES = ("variant", "folder", "rest", "random_seed", "checkpoint")
 PACKAGE = Path(__file__).parent
 SMALL = 96  # model channels of the U-Net; the released ones have 320
 
