@@ -76,13 +76,14 @@ def remove_leftovers(folder: Path) -> list[Path]:
     removed = []
     for path in folder.glob(f".*-{_HOST}-*"):
         found = re.fullmatch(rf"\..+-{_HOST}-(\d+)-\w{{8}}(\..*)?", path.name)
-        if found and not _alive(int(found[1])):
+        if found and not is_alive(int(found[1])):
             path.unlink(missing_ok=True)
             removed.append(path)
     return removed
 
 
-def _alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether this machine has a process of this number."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

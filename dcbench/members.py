@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from dcbench.files import is_alive
+
 BEAT = 10.0  # seconds between two heartbeats
 SILENT = 60.0  # without a heartbeat for so long, a process of another machine counts as ended
 GONE = "gone"
@@ -40,12 +42,8 @@ def _place() -> str:
 
 def _started(pid: int) -> str:
     """When a process began, so that a later one with its number is told apart. GONE if there is none."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+    if not is_alive(pid):
         return GONE
-    except OSError:  # of another user
-        pass
     with contextlib.suppress(OSError, IndexError):
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return GONE if fields[0] in "ZX" else fields[19]

@@ -14,7 +14,7 @@ LEVELS = {
     "clips": 4, "trust": 4, "weights": 5, "machine": 4, "totals": 3.5, "protocol": 4, "pictures": 4,
     "programs": 4, "supervisor": 0, "video_files": 4, "video_worker": 4, "video_processes": 4, "video": 5, "takes": 5.5,
     "models": 6, "datasets": 6, "metrics": 6,
-    "members": 1, "camera": 0, "ranks": 7, "runs": 9, "animate": 8, "training": 8, "reports": 11,
+    "members": 2, "camera": 0, "ranks": 7, "runs": 9, "animate": 8, "training": 8, "reports": 11,
     "analysis": 12, "api": 13, "cli": 13, "__main__": 14, "__init__": 14,
 }  # fmt: skip
 SIDE_BY_SIDE = {"models", "datasets", "metrics"}

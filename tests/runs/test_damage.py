@@ -1,25 +1,21 @@
 """Files of a run that a crash, a disk or an editor damaged: the same command mends them, or the message names them."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+import small_runs
 import torch
 
 from dcbench import record, video
-from dcbench.catalogue import find_dataset, find_model
 from dcbench.errors import UserError
-from dcbench.protocol import find_protocol
 from dcbench.runs import planning, sampling, scoring
-from dcbench.runs.run import Options, Run
+from dcbench.runs.run import Options
 
 QUIET = Options(device="cpu", quiet=True)
-
-
-def plan(out: Path) -> Run:
-    small = find_protocol("smoke").model_copy(update={"height": 32, "width": 32, "datasets": {}})
-    return planning.plan(find_model("zoom"), find_dataset("shapes"), small, out=out, limit=3, quiet=True)
+plan = functools.partial(small_runs.plan, limit=3)
 
 
 def finish(out: Path, metric: str) -> dict[str, bytes]:

@@ -1,35 +1,26 @@
 """What a run will cost: from clips that it has, or that are made first."""
 
-from pathlib import Path
-
 import pytest
+from small_runs import plan
 from typer.testing import CliRunner
 
-from dcbench.catalogue import find_dataset, find_model
 from dcbench.cli.app import app
 from dcbench.errors import UserError
-from dcbench.protocol import find_protocol
-from dcbench.runs import planning
 from dcbench.runs.estimate import Estimate, estimate, lines
-from dcbench.runs.run import Options, Run
+from dcbench.runs.run import Options
 
 QUIET = Options(device="cpu", quiet=True)
 
 
-def plan(out: Path) -> Run:
-    small = find_protocol("smoke").model_copy(update={"height": 32, "width": 32, "datasets": {}})
-    return planning.plan(find_model("zoom"), find_dataset("shapes"), small, out=out, limit=5, quiet=True)
-
-
 def test_before_the_first_clip_nothing_is_measured(tmp_path):
-    found = estimate(plan(tmp_path / "run"), QUIET, ["motion"])
+    found = estimate(plan(tmp_path / "run", limit=5), QUIET, ["motion"])
     assert (found.clips, found.missing, found.seconds_each, found.seconds) == (5, 5, None, None)
     assert found.bytes_each == 16 * 32 * 32 * 3 / 2
     assert "not known: --calibrate 2" in "\n".join(lines(found, "a processor"))
 
 
 def test_clips_that_are_made_to_measure_are_the_first_of_the_run(tmp_path):
-    run = plan(tmp_path / "run")
+    run = plan(tmp_path / "run", limit=5)
     found = estimate(run, QUIET, ["motion"], calibrate=2)
     assert [case.id for case in run.missing()] == [case.id for case in run.cases[2:]]
     rows = run.directory.finished_samples()
@@ -45,15 +36,15 @@ def test_clips_that_are_made_to_measure_are_the_first_of_the_run(tmp_path):
 
 
 def test_clips_of_another_machine_are_no_measure_of_this_one(tmp_path):
-    run = plan(tmp_path / "run")
+    run = plan(tmp_path / "run", limit=5)
     estimate(run, QUIET, ["motion"], calibrate=2)
     run.directory.samples.write_text(run.directory.samples.read_text().replace('"hardware":"', '"hardware":"other '))
-    assert estimate(plan(tmp_path / "run"), QUIET, ["motion"]).seconds_each is None
+    assert estimate(plan(tmp_path / "run", limit=5), QUIET, ["motion"]).seconds_each is None
 
 
 def test_missing_weights_are_named_with_their_size(tmp_path, monkeypatch):
     monkeypatch.setenv("DCBENCH_WEIGHTS", str(tmp_path / "none"))
-    found = estimate(plan(tmp_path / "run"), QUIET, ["clip_text"])
+    found = estimate(plan(tmp_path / "run", limit=5), QUIET, ["clip_text"])
     assert found.downloads["ViT-B-32.pt"] > 3e8
     assert "missing      ViT-B-32.pt, 354.0 MB" in lines(found, "a processor")
 

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from slow_model import kept, world
+from small_runs import kept, world
 
 from dcbench import ranks
 from dcbench.errors import UserError

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from slow_model import kept, world
+from small_runs import kept, world
 
 pytest.importorskip("ray", reason="ray is not installed: uv sync --extra ray")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # Ray itself uses what is deprecated

@@ -11,31 +11,24 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from slow_model import kept, world
+from small_runs import kept, plan, world
 
-from dcbench.catalogue import find_dataset, find_model
 from dcbench.errors import UserError
 from dcbench.files import canonical, read_jsonl
 from dcbench.members import Member
-from dcbench.protocol import find_protocol
-from dcbench.runs import planning, sampling, status
+from dcbench.runs import sampling, status
 from dcbench.runs.making import Maker
-from dcbench.runs.run import Options, Run
+from dcbench.runs.run import Options
 from dcbench.runs.sampling import sample
 from dcbench.runs.scoring import score
 
 QUIET = Options(device="cpu", quiet=True)
 
 
-def plan(out: Path, model: str = "zoom", limit: int = 8) -> Run:
-    small = find_protocol("smoke").model_copy(update={"height": 32, "width": 32, "datasets": {}})
-    return planning.plan(find_model(model), find_dataset("shapes"), small, out=out, limit=limit, quiet=True)
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> dict[str, bytes]:
     out = tmp_path_factory.mktemp("whole") / "run"
-    run = plan(out)
+    run = plan(out, limit=8)
     assert sample(run, QUIET)
     score(run, QUIET, ["motion"])
     return kept(out)
@@ -43,10 +36,10 @@ def whole(tmp_path_factory) -> dict[str, bytes]:
 
 def test_shards_one_after_the_other_give_the_bytes_of_one_process(tmp_path, whole):
     out = tmp_path / "run"
-    ready = [sample(plan(out), replace(QUIET, shard=(number, 3))) for number in (3, 1, 2)]
+    ready = [sample(plan(out, limit=8), replace(QUIET, shard=(number, 3))) for number in (3, 1, 2)]
     assert ready == [False, False, True]  # the last one is to score
     assert len(list(out.glob("samples-*.jsonl"))) == 3
-    score(plan(out), replace(QUIET, shard=(2, 3)), ["motion"])
+    score(plan(out, limit=8), replace(QUIET, shard=(2, 3)), ["motion"])
     assert kept(out) == whole
     assert [path.name for path in out.glob("samples*")] == ["samples.jsonl"]
     assert not list((out / ".members").glob("*.*"))
@@ -54,18 +47,18 @@ def test_shards_one_after_the_other_give_the_bytes_of_one_process(tmp_path, whol
 
 def test_other_shards_another_day(tmp_path, whole):
     out = tmp_path / "run"
-    assert not sample(plan(out), replace(QUIET, shard=(1, 3)))
-    assert not sample(plan(out), replace(QUIET, shard=(2, 2)))
-    assert sample(plan(out), replace(QUIET, join=True))
-    score(plan(out), QUIET, ["motion"])
+    assert not sample(plan(out, limit=8), replace(QUIET, shard=(1, 3)))
+    assert not sample(plan(out, limit=8), replace(QUIET, shard=(2, 2)))
+    assert sample(plan(out, limit=8), replace(QUIET, join=True))
+    score(plan(out, limit=8), QUIET, ["motion"])
     assert kept(out) == whole
     assert len(read_jsonl(out / "samples.jsonl")) == 8
 
 
 def test_a_process_alone_continues_what_shards_began_and_refuses_to_run_beside_them(tmp_path, whole):
     out = tmp_path / "run"
-    sample(plan(out), replace(QUIET, shard=(2, 3)))
-    run = plan(out)
+    sample(plan(out, limit=8), replace(QUIET, shard=(2, 3)))
+    run = plan(out, limit=8)
     with (
         run.directory.shared("making clips"),
         pytest.raises(UserError, match=r"in use by process \d+ on .*, which is making clips"),
@@ -82,7 +75,7 @@ def test_a_process_alone_continues_what_shards_began_and_refuses_to_run_beside_t
 
 
 def test_a_clip_that_another_process_is_making_is_left_to_it(tmp_path):
-    run = plan(tmp_path / "run")
+    run = plan(tmp_path / "run", limit=8)
     with run.directory.shared() as other:
         assert other.claim(run.cases[0].id)
         assert not sample(run, replace(QUIET, shard=(1, 1)))
@@ -108,17 +101,17 @@ def test_a_process_that_only_waits_loads_no_model(tmp_path, monkeypatch):
 def test_a_torn_line_of_a_killed_shard_is_made_again(tmp_path, whole):
     out = tmp_path / "run"
     for number in (1, 2):
-        sample(plan(out), replace(QUIET, shard=(number, 2)))
+        sample(plan(out, limit=8), replace(QUIET, shard=(number, 2)))
     log = sorted(out.glob("samples-*.jsonl"))[0]
     log.write_bytes(log.read_bytes()[:-30])
-    assert len(plan(out).missing()) == 1
-    assert sample(plan(out), replace(QUIET, join=True))
-    score(plan(out), QUIET, ["motion"])
+    assert len(plan(out, limit=8).missing()) == 1
+    assert sample(plan(out, limit=8), replace(QUIET, join=True))
+    score(plan(out, limit=8), QUIET, ["motion"])
     assert kept(out) == whole
 
 
 def test_a_log_that_grows_is_read_from_where_it_was(tmp_path):
-    run = plan(tmp_path / "run")
+    run = plan(tmp_path / "run", limit=8)
     sample(run, QUIET)
     directory, lines = run.directory, read_jsonl(run.directory.samples)
     before = directory.finished_samples()
@@ -134,7 +127,7 @@ def test_a_log_that_grows_is_read_from_where_it_was(tmp_path):
 
 def test_how_far_a_run_is(tmp_path):
     out = tmp_path / "run"
-    run = plan(out)
+    run = plan(out, limit=8)
     sample(run, replace(QUIET, shard=(1, 2)))
     with run.directory.shared("making clips") as member:
         found = status.status(out)

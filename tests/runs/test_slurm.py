@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import slurm_here  # of tools/
-from slow_model import kept, world
+from small_runs import kept, world
 
 from dcbench.cli.app import main
 

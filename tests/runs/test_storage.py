@@ -6,24 +6,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from slow_model import kept
+from small_runs import kept, plan
 
 from dcbench import cli
-from dcbench.catalogue import find_dataset, find_model
 from dcbench.errors import UserError
 from dcbench.files import read_jsonl
-from dcbench.protocol import find_protocol
 from dcbench.runs import planning, storage
 from dcbench.runs.run import Options, Run
 from dcbench.runs.sampling import sample
 from dcbench.runs.scoring import score
 
 QUIET = Options(device="cpu", quiet=True)
-
-
-def plan(out: Path, model: str = "zoom", limit: int = 4) -> Run:
-    small = find_protocol("smoke").model_copy(update={"height": 32, "width": 32, "datasets": {}})
-    return planning.plan(find_model(model), find_dataset("shapes"), small, out=out, limit=limit, quiet=True)
 
 
 def make(out: Path, model: str = "zoom", metrics: tuple[str, ...] = ("motion",)) -> Run:

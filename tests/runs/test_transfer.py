@@ -12,8 +12,8 @@ from pathlib import Path
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from slow_model import kept
-from test_storage import QUIET, command, make, plan
+from small_runs import kept, plan
+from test_storage import QUIET, command, make
 
 from dcbench.errors import UserError
 from dcbench.record import read_record

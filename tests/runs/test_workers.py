@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from slow_model import world
+from small_runs import world
 
 from dcbench.catalogue import find_dataset, find_model
 from dcbench.errors import UserError

@@ -1,6 +1,11 @@
-"""A model of its own that takes its time and writes down what it made, for tests of several processes."""
+"""Small runs for tests: a few clips of 32x32 pixels, and a model of its own that takes its time."""
 
 from pathlib import Path
+
+from dcbench.catalogue import find_dataset, find_model
+from dcbench.protocol import find_protocol
+from dcbench.runs import planning
+from dcbench.runs.run import Run
 
 KEPT = ["plan.json", "manifest.jsonl", "record.json", "per_clip.jsonl", "clips/*"]  # what depends on no process
 
@@ -18,6 +23,12 @@ class Slow:
             file.write("".join(f"{request.clip_id}\\n" for request in requests))
         return [request.image[None].repeat(request.num_frames, 1, 1, 1) for request in requests]
 """
+
+
+def plan(out: Path, model: str = "zoom", limit: int = 4) -> Run:
+    """A run of a model on the shapes world."""
+    small = find_protocol("smoke").model_copy(update={"height": 32, "width": 32, "datasets": {}})
+    return planning.plan(find_model(model), find_dataset("shapes"), small, out=out, limit=limit, quiet=True)
 
 
 def world(folder: Path) -> Path:
